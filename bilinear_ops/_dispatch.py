@@ -1,0 +1,129 @@
+"""What every op shares on its way in: argument checks, the choice of an implementation, autocast, registration."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("bilinear_ops", "DEF")
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check(**arguments: tuple[object, str]) -> dict[str, int]:
+    """Check types, dtypes, devices and shapes of an op's tensors before any work; returns the named sizes.
+
+    Each argument is given as `(tensor, axes)`. Axes are names, bound to sizes from left to right over all arguments:
+    `check(x=(x, "... d"), w=(w, "h d"), b=(b, "? h"))`. A leading `...` stands for any leading dimensions, a leading
+    `?` allows None. All tensors share the dtype and the device of the first one.
+
+    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
+    """
+    sizes: dict[str, int] = {}
+    first: Tensor | None = None
+    first_name = ""
+    for name, (t, spec) in arguments.items():
+        axes = spec.split()
+        if axes[0] == "?":
+            if t is None:
+                continue
+            axes = axes[1:]
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if first is None:
+            first, first_name = t, name
+        if t.dtype != first.dtype:
+            raise RuntimeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+        if t.device != first.device:
+            raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
+        shape: tuple[int, ...] = tuple(t.shape)
+        if axes[0] == "...":
+            axes = axes[1:]
+            shape = shape[max(len(shape) - len(axes), 0) :]
+        if len(shape) != len(axes) or any(
+            sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)
+        ):
+            expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in spec.lstrip("? ").split())
+            raise RuntimeError(f"{name} must have shape [{expected}], got {list(t.shape)}")
+    return sizes
+
+
+def why_not_triton(t: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on `t`, or None where they can."""
+    if t.dtype == torch.float64:
+        return "float64 has no kernels"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if t.device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "CPU tensors need TRITON_INTERPRET=1"
+    if t.device.type != "cuda":
+        return f"no kernels for device {t.device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_properties(t.device).major < 8:
+        return "the kernels need compute capability 8.0 or newer"
+    return None
+
+
+def resolve(impl: str, t: Tensor) -> str:
+    """The implementation, "triton" or "torch", that `impl` stands for on `t`.
+
+    "auto" is Triton on CUDA and HIP tensors where it can run, else the composite; an explicit "triton" runs or raises.
+    """
+    if impl == "torch":
+        return impl
+    if impl not in ("auto", "triton"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+    if impl == "auto" and t.device.type != "cuda":
+        return "torch"
+    reason = why_not_triton(t)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise RuntimeError(f'impl="triton" cannot run: {reason}')
+    return "torch"
+
+
+def needs_reference() -> bool:
+    """True inside torch.func transforms and forward-mode AD, which see a registered op's tangent as zero."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as `torch.nn.functional.linear` would see them under the caller's autocast."""
+    first = tensors[0]
+    kind = first.device.type if isinstance(first, Tensor) else "meta"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an opaque op with one implementation for all devices and its fake; returns the callable overload.
+
+    `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
+    """
+    name = schema.partition("(")[0]
+
+    def without_autocast(*args: Any) -> Any:
+        kind = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return kernel(*args)
+        with torch.autocast(kind, enabled=False):
+            return kernel(*args)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.bilinear_ops, name).default

@@ -1,0 +1,284 @@
+"""Gated bilinear layers: the public functions, the registered op behind them and its backward (math.md 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch, reference
+from bilinear_ops.composite import gated as composite
+from bilinear_ops.reference.gated import ACTIVATIONS
+
+
+def gated_bilinear(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    b_w: Tensor | None = None,
+    b_v: Tensor | None = None,
+    *,
+    activation: str = "identity",
+    beta: float | Tensor = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """(x w^T + b_w) * act(x v^T + b_v), the gated bilinear layer without its down-projection ([P] eq. 1, [S]).
+
+    Args:
+        x: `[..., d]` inputs.
+        w, v: `[h, d]` linear and gated up-projections, in any layout; packed halves are used in place.
+        b_w, b_v: `[h]` biases.
+        activation: identity, silu, swish, sigmoid, relu, gelu (erf) or gelu_tanh.
+        beta: slope of swish, z sigmoid(beta z): a float or a 0-dim tensor on x's device, which gets a gradient.
+            No value of it recompiles a compiled caller. swish at beta 0 is z / 2, not z.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[..., h]`, contiguous, in x's dtype.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: unknown activation or impl, or a beta without swish.
+    """
+    x, w, v, b_w, b_v = _dispatch.autocast(x, w, v, b_w, b_v)
+    return _gated(x, w, v, None, b_w, b_v, None, activation, beta, False, impl)
+
+
+def gated_mlp(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    b_w: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_p: Tensor | None = None,
+    *,
+    activation: str = "identity",
+    beta: float | Tensor = 1.0,
+    recompute: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """((x w^T + b_w) * act(x v^T + b_v)) p^T + b_p, the gated MLP of Llama-style transformers ([P] 2, [S]).
+
+    Keeps x and the two pre-activations for backward, `d + 2h` elements a token; never the product.
+
+    Args:
+        x, w, v, b_w, b_v, activation, beta, impl: as for `gated_bilinear`.
+        p: `[o, h]` down-projection.
+        b_p: `[o]` its bias.
+        recompute: keep only x, `d` elements a token, and compute the pre-activations again in backward.
+
+    Returns:
+        `[..., o]`, contiguous, in x's dtype.
+
+    Raises:
+        as `gated_bilinear`.
+    """
+    x, w, v, p, b_w, b_v, b_p = _dispatch.autocast(x, w, v, p, b_w, b_v, b_p)
+    return _gated(x, w, v, p, b_w, b_v, b_p, activation, beta, recompute, impl)
+
+
+def _gated(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    activation: str,
+    beta: float | Tensor,
+    recompute: bool,
+    impl: str,
+) -> Tensor:
+    _dispatch.check(
+        x=(x, "... d"),
+        w=(w, "h d"),
+        v=(v, "h d"),
+        p=(p, "? o h"),
+        b_w=(b_w, "? h"),
+        b_v=(b_v, "? h"),
+        b_p=(b_p, "? o"),
+    )
+    beta = _check_beta(beta, activation, x)
+    impl = _dispatch.resolve(impl, x)
+    if _dispatch.needs_reference():
+        if p is None:
+            return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
+        return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
+    tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
+    save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    y, _ = gated_op(rows, *tensors[:-1], _beta_tensor(beta, activation, x), activation, save, impl)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Tensor:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if isinstance(beta, Tensor):
+        if activation != "swish":
+            raise ValueError(f"beta belongs to activation='swish', got a tensor with {activation!r}")
+        if beta.dtype not in _dispatch.DTYPES:
+            raise TypeError(f"beta must be a floating-point tensor, got {beta.dtype}")
+        if beta.dim() != 0:
+            raise RuntimeError(f"beta must be a float or have shape [], got {list(beta.shape)}")
+        if beta.device != x.device:
+            raise RuntimeError(f"beta must be on the device of x, {x.device}, got {beta.device}")
+    elif activation != "swish" and beta != 1.0:
+        raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
+    return beta
+
+
+def _beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | None:
+    """A run-time number enters the op as a tensor: as a float it would recompile a compiled caller for every value.
+
+    The product, unlike `torch.full`, is a form in which torch.compile keeps a float symbolic.
+    """
+    if activation != "swish":
+        return None
+    if isinstance(beta, Tensor):
+        return beta
+    return torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) * beta
+
+
+def _backend(impl: str) -> Any:
+    if impl == "torch":
+        return composite
+    from bilinear_ops.kernels import gated
+
+    return gated
+
+
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
+    return y, az
+
+
+def _forward_fake(x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, b_p: Any, beta: Any, activation: str, save: bool, impl: str) -> Any:
+    az = x.new_empty(x.shape[0], 2 * w.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(x.shape[0], (w if p is None else p).shape[0]), az
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    beta: Tensor | None,
+    az: Tensor,
+    activation: str,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty where nobody needs it; `need` in the forward's order."""
+    need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
+    backend = _backend(impl)
+    h = w.shape[0]
+    if az.numel() == 0:
+        az = composite.preactivations(x, w, v, b_w, b_v)
+    dx = dwv = dp = db = db_p = dbeta = hid = x.new_empty(0)
+    if need_x or need_w or need_v or need_bw or need_bv or need_beta:
+        dadz, hid, db, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_bw or need_bv, need_beta)
+        if need_x:
+            dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
+        if need_w or need_v:
+            dwv = _needed_halves(dadz, need_w, need_v).t() @ x
+        if beta is not None:
+            dbeta = dbeta.to(beta.dtype)
+    elif need_p:
+        hid = backend.gate(az, beta, activation)
+    if need_p:
+        dp = dy.t() @ hid
+    if need_bp:
+        db_p = dy.sum(0)
+    return dx, dwv, dp, db, db_p, dbeta
+
+
+def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
+    """The needed columns of [first | second]."""
+    h = pair.shape[1] // 2
+    return pair[:, 0 if first else h : 2 * h if second else h]
+
+
+def _backward_fake(dy: Any, x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, beta: Any, az: Any, activation: str, need: list[bool], impl: str) -> Any:
+    need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
+    h, d = w.shape
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(((need_w + need_v) * h, d) if need_w or need_v else 0),
+        x.new_empty(p.shape if need_p else 0),
+        x.new_empty(2 * h if need_bw or need_bv else 0),
+        x.new_empty(dy.shape[1] if need_bp else 0),
+        x.new_empty((), dtype=beta.dtype) if need_beta else x.new_empty(0),
+    )
+
+
+gated_op = _dispatch.register(
+    "gated(Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
+    "str activation, bool save, str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+gated_backward_op = _dispatch.register(
+    "gated_backward(Tensor dy, Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? beta, "
+    "Tensor az, str activation, bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, v, p, b_w, b_v, b_p, beta, ctx.activation, _, ctx.impl = inputs
+    az = output[1]
+    ctx.mark_non_differentiable(az)
+    ctx.save_for_backward(x, w, v, p, b_w, b_v, b_p, beta, az)
+
+
+def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, w, v, p, b_w, b_v, b_p, beta, az = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:8])
+    if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x
+        grads = _differentiable_gradients(dy, (x, w, v, p, b_w, b_v, b_p, beta), need, ctx.activation)
+        return *grads, None, None, None
+    dx, dwv, dp, db, db_p, dbeta = gated_backward_op(dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl)
+    h = w.shape[0]
+    grads = (dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[h:], db_p, dbeta)
+    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None, None
+
+
+def _differentiable_gradients(
+    dy: Tensor, tensors: tuple[Tensor | None, ...], need: list[bool], activation: str
+) -> list[Tensor | None]:
+    with torch.enable_grad():
+        # views, so that a tensor computed from another argument is not differentiated through
+        x, w, v, p, b_w, b_v, b_p, beta = views = [None if t is None else t.view_as(t) for t in tensors]
+        assert x is not None and w is not None and v is not None
+        y = reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=1.0 if beta is None else beta)
+        y = y if p is None else torch.nn.functional.linear(y, p, b_p)
+        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in need]
+
+
+torch.library.register_autograd(
+    "bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+)

@@ -1,0 +1,17 @@
+"""Packages live in two folders: `bilinear_ops/` and `kernels/`, which installs as `bilinear_ops.kernels`.
+
+`kernels/` has no `__init__.py`: the import name `kernels` belongs to another project, which we must not shadow.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "bilinear_ops",
+        "bilinear_ops.composite",
+        "bilinear_ops.kernels",
+        "bilinear_ops.reference",
+    ],
+    package_dir={"bilinear_ops.kernels": "kernels"},
+    package_data={"bilinear_ops": ["py.typed"]},
+)
