@@ -28,12 +28,14 @@ def interaction(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool)
     h, d = w.shape
     outputs = (c if u is None else u).shape[0]
     q = w.new_empty(outputs, d * (d + 1) // 2) if packed else w.new_empty(outputs, d, d)
+    if w.numel() == 0:
+        return q.zero_()
     w, v, c, u = widen(w, v, c, u)
     if u is not None and not two_stage(outputs, *c.shape):
         c, u = u @ c, None
     if u is None and outputs <= LOOP_MAX:
         _one_by_one(w, v, c, q)
-    elif q.numel():
+    else:
         _by_pairs(w, v, c, u, q)
     return q
 
@@ -47,8 +49,12 @@ def interaction_backward(
     factors = None
     if u is not None and not two_stage(dq.shape[0], *c.shape):
         factors, c, u = (u, c), u @ c, None
-    contract = _one_by_one_backward if u is None and dq.shape[0] <= LOOP_MAX else _by_pairs_backward
-    dw, dv, dc, du = contract(dq, w, v, c, u)
+    if w.numel() == 0:
+        dw, dv, dc, du = (torch.zeros_like(w if t is None else t) for t in (w, v, c, u))
+    elif u is None and dq.shape[0] <= LOOP_MAX:
+        dw, dv, dc, du = _one_by_one_backward(dq, w, v, c, u)
+    else:
+        dw, dv, dc, du = _by_pairs_backward(dq, w, v, c, u)
     if factors is not None:
         dc, du = factors[0].t() @ dc, dc @ factors[1].t()
     dw, dv, dc, du = (
@@ -75,8 +81,9 @@ def workspace(outputs: int, h: int, d: int, o: int, packed: bool, half: bool) ->
 
 
 def tile_shape(h: int, d: int) -> tuple[int, int]:
+    """Rows and columns of a tile of pairs whose S fits."""
     rows = min(ROWS, d)
-    return rows, min(d, max(rows, TILE // (rows * h)))
+    return rows, min(d, max(rows, TILE // max(1, rows * h)))
 
 
 def pair_tiles(h: int, d: int) -> Iterator[tuple[int, int, int, int]]:
@@ -91,7 +98,7 @@ def _one_by_one(w: Tensor, v: Tensor, c: Tensor, q: Tensor) -> None:
     h, d = w.shape
     half = 0.5 * w.t()
     scaled, m = torch.empty_like(v), w.new_empty(d, d)
-    group = c.shape[0] if q.dim() == 3 else _packing_group(d)
+    group = max(1, c.shape[0]) if q.dim() == 3 else _packing_group(d)
     for start in range(0, c.shape[0], group):
         chunk = q[start : start + group]
         full = chunk if q.dim() == 3 else w.new_empty(chunk.shape[0], d, d)
