@@ -257,7 +257,7 @@ def test_autocast_leaves_precision_alone():
         (ValueError, "layout must be one of", lambda w, v, c: bo.interaction_matrices(w, v, c, layout="upper")),
         (ValueError, "impl must be", lambda w, v, c: bo.interaction_matrices(w, v, c, impl="cuda")),
         (RuntimeError, "float64", lambda w, v, c: bo.interaction_matrices(w, v, c, impl="triton")),
-        (ValueError, "chunk_bytes must be at least", lambda w, v, c: bo.iter_interaction_matrices(w, v, c, chunk_bytes=1)),
+        (ValueError, "chunk_bytes must be at", lambda *layer: bo.iter_interaction_matrices(*layer, chunk_bytes=1)),
         (RuntimeError, r"t must have shape \[..., 6\] for d=3", lambda w, v, c: bo.unpack_symmetric(c, 3)),
         (RuntimeError, r"q must have shape \[..., d, d\]", lambda w, v, c: bo.pack_symmetric(c)),
         (RuntimeError, r"q must have shape \[K, 6\] for d=3", lambda w, v, c: bo.quadratic_form(w, c)),
