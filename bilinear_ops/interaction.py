@@ -63,7 +63,7 @@ def iter_interaction_matrices(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     impl = _dispatch.resolve(impl, w)
-    step = _chunk(sizes, layout == "packed", w.dtype, chunk_bytes)
+    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes)
     return _chunks(w, v, c, layout, step, impl)
 
 
@@ -77,18 +77,17 @@ def _chunks(
         yield chunk, interaction_matrices(w, v, part, layout=layout, impl=impl)
 
 
-def _chunk(sizes: dict[str, int], packed: bool, dtype: torch.dtype, chunk_bytes: int) -> int:
+def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int) -> int:
     """The most directions that two chunks and the workspace of one leave within the budget."""
-    d, h, o = sizes["d"], sizes["h"], sizes.get("o", 0)
-    wide = max(4, dtype.itemsize)
+    d = w.shape[1]
 
     def needed(outputs: int) -> int:
-        result = outputs * (d * (d + 1) // 2 if packed else d * d) * dtype.itemsize
-        return 2 * result + composite.workspace(outputs, h, d, o, packed, dtype.itemsize < 4) * wide
+        result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
+        return 2 * result + composite.workspace(outputs, o, packed, w) * max(4, w.itemsize)
 
     if needed(1) > chunk_bytes:
         raise ValueError(f"chunk_bytes must be at least {needed(1)} for one direction at a time, got {chunk_bytes}")
-    low, high = 1, max(1, sizes["K"])
+    low, high = 1, max(1, directions)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= chunk_bytes else (low, middle - 1)

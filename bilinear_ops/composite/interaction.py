@@ -69,26 +69,29 @@ def two_stage(outputs: int, o: int, h: int) -> bool:
     return outputs > LOOP_MAX and o * (h + outputs) < outputs * h
 
 
-def workspace(outputs: int, h: int, d: int, o: int, packed: bool, half: bool) -> int:
+def workspace(outputs: int, o: int, packed: bool, w: Tensor) -> int:
     """Elements, at most, that `interaction` holds beside its arguments and its result; o is 0 without factors."""
+    (h, d), half = w.shape, w.itemsize < 4
     copies = 2 * h * d + (2 * h * d + (o or outputs) * h + outputs * o if half else 0)
     if o and not two_stage(outputs, o, h):
         copies += outputs * h
     if outputs <= LOOP_MAX:
         return copies + (1 + packed * min(outputs, _packing_group(d))) * d * d
-    rows, columns = tile_shape(h, d)
+    rows, columns = tile_shape(w)
     return copies + rows * columns * (h + o) + 2 * min(rows * columns * outputs, max(rows * columns, PRODUCT))
 
 
-def tile_shape(h: int, d: int) -> tuple[int, int]:
-    """Rows and columns of a tile of pairs whose S fits."""
-    rows = min(ROWS, d)
-    return rows, min(d, max(rows, TILE // max(1, rows * h)))
+def tile_shape(w: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tile of pairs whose S fits; a GPU has no such cache, but wants few and large GEMMs."""
+    h, d = w.shape
+    rows, elements = min(ROWS, d), TILE if w.device.type == "cpu" else 32 * TILE
+    return rows, min(d, max(rows, elements // max(1, rows * h)))
 
 
-def pair_tiles(h: int, d: int) -> Iterator[tuple[int, int, int, int]]:
+def pair_tiles(w: Tensor) -> Iterator[tuple[int, int, int, int]]:
     """Rectangles i0:i1 x j0:j1 that cover the pairs i <= j: with i0 == j0 from the diagonal on, others above it."""
-    rows, columns = tile_shape(h, d)
+    d = w.shape[1]
+    rows, columns = tile_shape(w)
     for i in range(0, d, rows):
         for j in range(i, d, columns):
             yield i, min(i + rows, d), j, min(j + columns, d)
@@ -148,7 +151,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
     h, d = w.shape
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
     space = _space(w)
-    for i0, i1, j0, j1 in pair_tiles(h, d):
+    for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, space)
         left, right = (c, s.t()) if u is None else (u, c @ s.t())
         for a, b in blocks(q.shape[0], s.shape[0], PRODUCT):
@@ -157,7 +160,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
 
 def _space(w: Tensor) -> Tensor:
     """Where a tile of S is formed."""
-    rows, columns = tile_shape(*w.shape)
+    rows, columns = tile_shape(w)
     return w.new_empty(rows * columns * w.shape[0])
 
 
@@ -212,7 +215,7 @@ def _by_pairs_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | 
     dwt, dvt, dc = torch.zeros_like(wt), torch.zeros_like(vt), torch.zeros_like(c)
     du = dc.new_empty(0) if u is None else torch.zeros_like(u)
     s_space, ds_space = _space(w), _space(w)
-    for i0, i1, j0, j1 in pair_tiles(h, d):
+    for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, s_space)
         ds = ds_space[: s.numel()].view_as(s)
         if u is None:
