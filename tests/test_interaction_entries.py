@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bilinear_ops.composite import ranking
+from bilinear_ops.composite import interaction, ranking
 from bilinear_ops.reference.interaction import SCORES
 from bilinear_ops.testing import assert_no_worse, randn
 
@@ -113,6 +113,23 @@ def test_topk(size, score, tile, monkeypatch):
                 expected = [r for r in ranked if r[1] == k][:n]
                 assert list(zip(*(t[k].tolist() for t in top[1:]), strict=True)) == [r[1:4] for r in expected]
                 close(top.values[k], torch.tensor([r[4] for r in expected], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("product", [700, 1 << 22])
+@pytest.mark.parametrize("scope", ["output", "global"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("factors", [False, True])
+def test_topk_over_shared_tiles_of_pairs(factors, score, scope, product, monkeypatch):
+    """Without a basis many outputs are ranked tile by tile of pairs, several tiles and groups of outputs here."""
+    monkeypatch.setattr(ranking, "PRODUCT", product)
+    monkeypatch.setattr(interaction, "TILE", 16 * 16 * 3)
+    w, v, c, _ = layer(53, 37, 3, factors=factors)
+    for weight in (None, torch.rand(37, 37, dtype=torch.float64)):
+        got = bo.interaction_topk(w, v, c, 5, score=score, scope=scope, weight=weight)
+        expected = bo.reference.interaction_topk(w, v, c, 5, score=score, scope=scope, weight=weight)
+        close(got.values, expected.values)
+        for a, b in zip(got[1:], expected[1:], strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("scope", ["output", "global"])

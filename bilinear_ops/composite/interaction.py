@@ -148,14 +148,22 @@ def _packed_rows(d: int) -> Iterator[tuple[int, int]]:
 
 
 def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> None:
-    h, d = w.shape
+    for a, b, i0, j0, t in products(w, v, c, u):
+        _store(q[a:b], t, i0, j0, w.shape[1])
+
+
+def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """(first and last direction, first row and column, their entries [k, i, j]) tile by tile of `pair_tiles`.
+
+    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit.
+    """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
     space = _space(w)
     for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, space)
         left, right = (c, s.t()) if u is None else (u, c @ s.t())
-        for a, b in blocks(q.shape[0], s.shape[0], PRODUCT):
-            _store(q[a:b], (left[a:b] @ right).view(b - a, i1 - i0, j1 - j0), i0, j0, d)
+        for a, b in blocks(left.shape[0], s.shape[0], PRODUCT):
+            yield a, b, i0, j0, (left[a:b] @ right).unflatten(1, (i1 - i0, j1 - j0))
 
 
 def _space(w: Tensor) -> Tensor:

@@ -1,23 +1,36 @@
 """The strongest interactions and the moments of interaction matrices, streamed: a tile at a time (algorithms.md).
 
-A feature basis is entered through d: D^T (Q_k D), half of whose tiles suffice. `matrices` forms the Q_k [K, d, d].
+A feature basis is entered through d: D^T (Q_k D), half of whose tiles suffice; `matrices` forms the Q_k [K, d, d].
+Without one, many outputs share the Khatri-Rao factor of a tile of pairs, and no Q_k is formed at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilinear_ops.composite.blocks import blocks, widen
 from bilinear_ops.composite.entries import interaction_diagonal
+from bilinear_ops.composite.interaction import LOOP_MAX, PRODUCT, products, tile_shape, two_stage
 
 TILE = 1 << 21  # elements of a tile of scores: 8 MB in fp32
 MATRICES = 1 << 24  # elements of the interaction matrices held at a time: 64 MB in fp32
 
 Matrices = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 Weight = Tensor | Callable[[int], Tensor] | None
+
+
+class _Tile(NamedTuple):
+    """Entries [m, r, s] of outputs from k, rows from r and columns from s on."""
+
+    entries: Tensor
+    k: int
+    r: int
+    s: int
+    upper: bool = False  # the pairs i <= j are on and above the diagonal, not below
 
 
 def interaction_topk(
@@ -40,14 +53,14 @@ def interaction_topk(
     per_output = scope == "output"
     factor = 2.0 if score in ("cross", "pair") else 1.0
     chosen = [] if per_output else [_Best(n, 1, features, w)]
-    for k0, k1, tiles in _score_tiles(w, v, c, u, basis, score, matrices):
-        best = _Best(n, k1 - k0, features, w) if per_output else chosen[0]
-        for j0, tile in tiles:  # [m, j, i], i up to the last j
-            scale = None if weight is None else _weight_tile(weight, k0, k1, j0, tile, score)
-            values, rank = _rank(tile, scale, j0, score)
-            best.add(values, rank, k0, j0, score == "self")
+    for group, tiles in _score_tiles(w, v, c, u, basis, score, matrices):
         if per_output:
-            chosen.append(best)
+            chosen.append(_Best(n, group, features, w))
+        for tile in tiles:
+            scale = None if weight is None else _weight_tile(weight, tile, score)
+            values, rank = _rank(tile, scale, score)
+            chosen[-1].add(tile._replace(entries=values), rank, score == "self")
+        chosen[-1].merge()
     values = torch.cat([best.values for best in chosen]) if chosen else w.new_empty(0)
     key = torch.cat([best.key for best in chosen]) if chosen else w.new_empty(0, dtype=torch.int64)
     if per_output:
@@ -111,48 +124,57 @@ def _tiles(q: Tensor, basis: Tensor | None) -> Iterator[tuple[int, int, int, Ten
 
 def _score_tiles(
     w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None, score: str, matrices: Matrices
-) -> Iterator[tuple[int, int, Iterator[tuple[int, Tensor]]]]:
-    """Groups of outputs with their tiles; a "self" score needs only the diagonals, as one tile of one column."""
+) -> Iterator[tuple[int, Iterator[_Tile]]]:
+    """Groups of outputs, how many and their tiles; a "self" score needs only the diagonals, as tiles of one column."""
+    outputs = (c if u is None else u).shape[0]
+    features = (w if basis is None else basis).shape[1]
     if score == "self":
-        outputs, features = (c if u is None else u).shape[0], (w if basis is None else basis).shape[1]
         for a, b in blocks(outputs, features, TILE):
-            part = u[a:b] @ c if u is not None else c[a:b]
-            yield a, b, iter([(0, interaction_diagonal(w, v, part, basis).unsqueeze(2))])
-        return
-    for start, _, q in _matrix_chunks(w, v, c, u, matrices):
-        features = q.shape[2] if basis is None else basis.shape[1]
-        for a, b in blocks(q.shape[0], features * features, TILE):
-            yield start + a, start + b, ((j0, tile) for _, _, j0, tile in _tiles(q[a:b], basis))
+            part = c[a:b] if u is None else u[a:b] @ c
+            yield b - a, iter([_Tile(interaction_diagonal(w, v, part, basis).unsqueeze(2), a, 0, 0)])
+    elif basis is None and outputs > LOOP_MAX and w.numel():
+        if u is not None and not two_stage(outputs, *c.shape):
+            c, u = u @ c, None
+        rows, columns = tile_shape(w)
+        for a, b in blocks(outputs, rows * columns, PRODUCT):  # one product for each tile of pairs
+            tiles = products(w, v, c[a:b], None) if u is None else products(w, v, c, u[a:b])
+            yield b - a, (_Tile(t, k + first, i, j, upper=True) for first, _, i, j, t in tiles for k in (a,))
+    else:
+        for start, _, q in _matrix_chunks(w, v, c, u, matrices):
+            for a, b in blocks(q.shape[0], features * features, TILE):
+                yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
 
 
-def _rank(tile: Tensor, weight: Tensor | None, j0: int, score: str) -> tuple[Tensor, Tensor]:
+def _rank(tile: _Tile, weight: Tensor | None, score: str) -> tuple[Tensor, Tensor]:
     """A tile's values, up to the common factor, and their ranks, -1 where there is no candidate."""
-    rank = tile.abs() if weight is None else (tile * weight).abs_()
-    if score == "self":
-        return tile, rank
-    diagonal = rank[:, :, j0:].diagonal(dim1=1, dim2=2)
+    values, rows = tile.entries, tile.entries.shape[1]
+    rank = values.abs() if weight is None else (values * weight).abs_()
+    corner = tile.r - tile.s  # where the diagonal begins
+    if score == "self" or corner < 0:
+        return values, rank
+    square = rank[:, :, corner : corner + rows]
+    diagonal = square.diagonal(dim1=1, dim2=2)
     if score == "pair":  # Q_ii counts once where 2 Q_ij counts both triangles
-        tile = tile.clone()
-        tile[:, :, j0:].diagonal(dim1=1, dim2=2).mul_(0.5)
+        values = values.clone()
+        values[:, :, corner : corner + rows].diagonal(dim1=1, dim2=2).mul_(0.5)
         diagonal.mul_(0.5)
     elif score == "cross":
         diagonal.fill_(-1)
-    square = rank[:, :, j0:]
-    above = torch.ones(square.shape[1:], dtype=torch.bool, device=tile.device).triu_(1)  # i > j
-    square.masked_fill_(above, -1)
-    return tile, rank
+    twice = torch.ones(square.shape[1:], dtype=torch.bool, device=rank.device)
+    square.masked_fill_(twice.tril_(-1) if tile.upper else twice.triu_(1), -1)
+    return values, rank
 
 
-def _weight_tile(
-    weight: Tensor | Callable[[int], Tensor], k0: int, k1: int, j0: int, tile: Tensor, score: str
-) -> Tensor:
+def _weight_tile(weight: Tensor | Callable[[int], Tensor], tile: _Tile, score: str) -> Tensor:
+    outputs, rows, columns = tile.entries.shape
     if not isinstance(weight, Tensor):
-        weight = torch.stack([weight(k) for k in range(k0, k1)])
+        weight = torch.stack([weight(k) for k in range(tile.k, tile.k + outputs)])
     elif weight.dim() == 3:
-        weight = weight[k0:k1]
+        weight = weight[tile.k : tile.k + outputs]
     if score == "self":
         return weight.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    return weight[..., : tile.shape[2], j0 : j0 + tile.shape[1]].mT
+    weight = weight if tile.upper else weight.mT  # read at i <= j
+    return weight[..., tile.r : tile.r + rows, tile.s : tile.s + columns]
 
 
 class _Best:
@@ -163,26 +185,47 @@ class _Best:
         self.values, self.rank = like.new_empty(0), like.new_empty(0)
         self.key = like.new_empty(0, dtype=torch.int64)  # (k F + i) F + j
         self.group = like.new_empty(0, dtype=torch.int64)
-        self.floor = like.new_full((groups,), 0.0)  # what a candidate has to reach
+        self.floor = like.new_zeros(groups)  # what a candidate has to reach
+        self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, values: Tensor, rank: Tensor, k0: int, j0: int, diagonal: bool) -> None:
-        """Offer a tile [m, j, i] of outputs from k0 and columns from j0, its rank -1 where there is no candidate."""
+    def add(self, tile: _Tile, rank: Tensor, diagonal: bool) -> None:
+        """Offer a tile whose rank [m, r, s] is -1 where there is no candidate."""
         if self.n == 0 or rank.numel() == 0:
             return
         rows = rank.amax(2)  # NaN wins, as it does in a sort
-        self._raise_floor(rows if rows.numel() >= self.groups * self.n else rank)
-        of_output = self.floor.view(-1, 1).expand(-1, rows.shape[0] // self.groups).reshape(-1, 1)
-        m, j = (~(rows < of_output)).nonzero(as_tuple=True)
-        candidates = rank[m, j]  # [rows, i]
-        row, i = (~(candidates < of_output[m])).nonzero(as_tuple=True)
-        m, j = m[row], j[row]
-        first, second = (j, j) if diagonal else (i, j + j0)
-        self._merge(
-            values[m, j, i],
-            candidates[row, i],
-            ((m + k0) * self.features + first) * self.features + second,
-            m if self.groups > 1 else torch.zeros_like(m),
-        )
+        if rows.numel() >= self.groups * self.n:
+            self._raise_floor(rows)
+        elif self.values.numel() == 0:
+            self._raise_floor(rank)
+        floor = self.floor.view(-1, 1).expand(-1, rows.shape[0] // self.groups).reshape(-1, 1)  # of each output
+        m, r = (~(rows < floor)).nonzero(as_tuple=True)
+        candidates = rank[m, r]  # [rows, s]
+        row, s = (~(candidates < floor[m])).nonzero(as_tuple=True)
+        m, r = m[row], r[row]
+        one, other = r + tile.r, r if diagonal else s + tile.s
+        i, j = torch.minimum(one, other), torch.maximum(one, other)
+        key = ((m + tile.k) * self.features + i) * self.features + j
+        group = m if self.groups > 1 else torch.zeros_like(m)
+        self.pending.append((tile.entries[m, r, s], candidates[row, s], key, group))
+        if sum(part[0].numel() for part in self.pending) >= max(4096, self.groups * self.n):
+            self.merge()
+
+    def merge(self) -> None:
+        """Sort what was offered since into what is kept."""
+        kept = (self.values, self.rank, self.key, self.group)
+        values, rank, key, group = (torch.cat(parts) for parts in zip(kept, *self.pending, strict=True))
+        self.pending.clear()
+        order = key.argsort()
+        order = order[rank[order].argsort(descending=True, stable=True)]
+        order = order[group[order].argsort(stable=True)]
+        ordered = group[order]
+        start = torch.searchsorted(ordered, torch.arange(self.groups, device=group.device))
+        place = torch.arange(ordered.numel(), device=group.device) - start[ordered]
+        kept_places, order = place[place < self.n], order[place < self.n]
+        self.values, self.rank, self.key, self.group = values[order], rank[order], key[order], group[order]
+        last = self.rank[kept_places == self.n - 1]
+        if self.n and last.numel() == self.groups:
+            self._raise_to(last)
 
     def _raise_floor(self, rank: Tensor) -> None:
         """The n-th largest of some candidates bounds the n-th largest of all from below."""
@@ -192,18 +235,3 @@ class _Best:
 
     def _raise_to(self, floor: Tensor) -> None:
         self.floor = torch.maximum(self.floor, floor.nan_to_num(nan=torch.inf, posinf=torch.inf))
-
-    def _merge(self, values: Tensor, rank: Tensor, key: Tensor, group: Tensor) -> None:
-        values, rank = torch.cat((self.values, values)), torch.cat((self.rank, rank))
-        key, group = torch.cat((self.key, key)), torch.cat((self.group, group))
-        order = key.argsort()
-        order = order[rank[order].argsort(descending=True, stable=True)]
-        order = order[group[order].argsort(stable=True)]
-        ordered = group[order]
-        start = torch.searchsorted(ordered, torch.arange(self.groups, device=group.device))
-        place = torch.arange(ordered.numel(), device=group.device) - start[ordered]
-        order = order[place < self.n]
-        self.values, self.rank, self.key, self.group = values[order], rank[order], key[order], group[order]
-        last = self.rank[(place == self.n - 1)[place < self.n]]
-        if last.numel() == self.groups:
-            self._raise_to(last)
