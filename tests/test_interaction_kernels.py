@@ -32,12 +32,11 @@ def assert_right(tensors, packed, choice):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(3, 18, 21), (19, 9, 16)])
-def test_paths_agree(size, dtype, packed, choice):
-    assert_right(layer(*size, dtype=dtype), packed, CHOICES[choice])
+def test_paths_agree(dtype, packed, choice):
+    assert_right(layer(17, 18, 21, dtype=dtype), packed, CHOICES[choice])
 
 
-@pytest.mark.parametrize("size", list(testing.shapes("K d h", base=3, mixed=0, sizes=(1, 2, 17, 64, 65, 130))), ids=str)
+@pytest.mark.parametrize("size", list(testing.shapes("K d h", base=3, mixed=0, sizes=(1, 17, 65))), ids=str)
 def test_sizes_down_the_table(size):
     w, v, c = layer(**size)
     gold = bo.reference.interaction_matrices(w.double(), v.double(), c.double())
