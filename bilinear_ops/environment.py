@@ -55,7 +55,7 @@ def public_ops() -> dict[str, Callable[..., Any]]:
 
 def devices() -> dict[str, str]:
     """The devices PyTorch sees, by name, each with a description."""
-    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{platform.machine()}, PyTorch threads: {torch.get_num_threads()}"}
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
