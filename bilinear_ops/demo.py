@@ -68,7 +68,9 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
         verdict = "ok" if error.passes else "WRONG"
         print(f"  {name:<12}  ours {error.ours:.1e}  eager float32 {error.eager:.1e}  {verdict}")
 
-    print("\nOne training step, forward and backward, medians of interleaved runs:")
+    print(
+        "\nOne training step, forward and backward, medians of interleaved runs (a small layer times the call itself):"
+    )
     large = GatedMLP(512, 2048, device=data.train_x.device)
     for name, layer, x in (
         ("the trained layer", model, data.train_x),
