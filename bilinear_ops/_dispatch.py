@@ -142,7 +142,7 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
             setup_context(ctx, args, out)
             return out
 
-    Formula.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+    Formula.backward = staticmethod(backward)  # type: ignore[method-assign]
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
