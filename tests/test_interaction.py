@@ -249,7 +249,7 @@ def test_autocast_leaves_precision_alone():
     [
         (RuntimeError, r"v must have shape \[h=5, d=3\]", lambda w, v, c: bo.interaction_matrices(w, v[:4], c)),
         (RuntimeError, r"v must have shape \[h=5, d=3\]", lambda w, v, c: bo.interaction_matrices(w, v[:, :2], c)),
-        (RuntimeError, r"c must have shape \[K=4, h=5\]", lambda w, v, c: bo.interaction_matrices(w, v, c[:, :4])),
+        (RuntimeError, r"c must have shape \[K, h=5\]", lambda w, v, c: bo.interaction_matrices(w, v, c[:, :4])),
         (RuntimeError, r"c.p must have", lambda w, v, c: bo.interaction_matrices(w, v, bo.Directions(c, c))),
         (RuntimeError, "c must have the dtype", lambda w, v, c: bo.interaction_matrices(w, v, c.float())),
         (TypeError, "c must be a torch.Tensor", lambda w, v, c: bo.interaction_matrices(w, v, 3)),

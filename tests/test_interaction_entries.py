@@ -314,7 +314,7 @@ def active(w, v, c, inputs=((0, 1),), outputs=((1,),)):
         (ValueError, "scope must be one of", lambda *t: bo.interaction_topk(*t, 1, scope="all")),
         (RuntimeError, "weight must have shape", lambda *t: bo.interaction_topk(*t, 1, weight=t[0])),
         (RuntimeError, r"basis must have shape \[d=3, F\]", lambda *t: bo.interaction_topk(*t, 1, basis=t[0])),
-        (RuntimeError, r"c must have shape \[K=4, h=5\]", lambda w, v, c: bo.interaction_moments(w, v, c[:, 1:])),
+        (RuntimeError, r"c must have shape \[K, h=5\]", lambda w, v, c: bo.interaction_moments(w, v, c[:, 1:])),
         (RuntimeError, r"v must have shape \[h=5, d=3\]", lambda w, v, c: bo.interaction_diagonal(w, v.t(), c)),
     ],
 )
