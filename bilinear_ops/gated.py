@@ -250,6 +250,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, w, v, p, b_w, b_v, b_p, beta, ctx.activation, _, ctx.impl = inputs
     az = output[1]
     ctx.mark_non_differentiable(az)
+    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of az: [M, 2h] zeros, written out
     ctx.save_for_backward(x, w, v, p, b_w, b_v, b_p, beta, az)
 
 
