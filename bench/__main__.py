@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench import receipts
+from bench import gpu, receipts
 from bench.measure import Result, check, measure
 from bench.workload import SIZES, workloads
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def interpreted(arguments: argparse.Namespace) -> int:
-    """The kernels in Triton's interpreter, in a process of its own: checked only, an interpreter's time says nothing."""
+    """The kernels in Triton's interpreter, in a process of its own: checked only, its times say nothing."""
     print("\nKernels in Triton's interpreter: correctness only", flush=True)
     command = [sys.executable, "-m", "bench", "--device", "cpu", "--size", "tiny", "--impl", "triton", "--check"]
     command += ["--only", arguments.only, "--threads", "1"]
@@ -85,7 +85,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of timing, for each workload; 10, or 1 with --quick")
     parser.add_argument("--check", action="store_true", help="check, time nothing")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="append receipts (bench/results/<device>)")
+    parser.add_argument("--gpu", action="store_true", help="the bounded run of bench/gpu.py; --device cpu is a dry run")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of --gpu")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="of --gpu")
     arguments = parser.parse_args(words)
+    if arguments.gpu and not arguments.device and not torch.cuda.is_available():
+        parser.error("--gpu needs a GPU that PyTorch sees, and there is none; --device cpu makes a tiny dry run")
     arguments.size = arguments.size or ("quick" if arguments.quick else "full")
     arguments.seconds = arguments.seconds or (1.0 if arguments.quick else 10.0)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +101,8 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.gpu:
+        return gpu.run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.only)
     failures = run(arguments)
     if arguments.quick and arguments.device == "cpu":
         failures += interpreted(arguments)

@@ -3,6 +3,8 @@
 `--benchmark-json` and `--benchmark-compare` are pytest-benchmark's own; ratios and receipts are `python -m bench`'s.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("workload", "name"), CASES)
-def test_workload(benchmark, workload: Workload, name: str) -> None:
+def test_workload(benchmark: Any, workload: Workload, name: str) -> None:
     if name == "ours":
         assert not check(workload, seed=0).failed
     contender = {"ours": workload.ours, **workload.variants, **workload.baselines}[name]

@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from bench.workload import Run
+from bench.workload import Run, Tensors
 
 FLUSH_BYTES = 256 << 20  # written before every timed run on a GPU: more than any L2 cache holds
 GRAPH_BELOW = 50e-6  # seconds; shorter work is replayed from a CUDA graph, so that launches are not what is timed
@@ -103,11 +104,16 @@ def _graphs(runs: dict[str, Run]) -> dict[str, Run] | None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
-            graphs[name] = lambda graph=graph: graph.replay() or ()
+            graphs[name] = partial(_replay, graph)
     except RuntimeError:
         torch.cuda.synchronize()
         return None
     return graphs
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> Tensors:
+    graph.replay()
+    return ()
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
