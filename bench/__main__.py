@@ -44,7 +44,7 @@ def _duration(seconds: float) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure on one device, print the table, append receipts where asked; the number of workloads ours failed."""
+    """Measure on one device, print the table, append receipts where asked: the number of workloads ours failed."""
     device = torch.device(arguments.device)
     path = receipts.results_file(device) if arguments.json == "" else Path(arguments.json or "")
     print(f"{receipts.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)")
@@ -101,6 +101,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the processes that we start
     if arguments.gpu:
         return gpu.run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.only)
     failures = run(arguments)

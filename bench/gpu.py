@@ -21,7 +21,7 @@ from bench import receipts
 from bench.measure import check, measure
 from bench.timing import interleaved
 from bench.worker import Worker
-from bench.workload import Workload, tilings, workloads
+from bench.workload import Run, Workload, tilings, workloads
 
 LISTS: dict[str, Callable[[torch.device, str], list[Workload]]] = {"workloads": workloads, "tilings": tilings}
 COMPILING = 0.3  # of the time, at most, goes to compilation
@@ -102,7 +102,7 @@ def _checks(session: Session) -> int:
 
 
 def _compile(session: Session) -> None:
-    """Run everything once in parallel processes, so that the compilers' caches on disk are warm. Failures show later."""
+    """Run everything once in parallel processes, to warm the compilers' caches on disk; failures show later."""
     tasks = [(kind, name) for kind in LISTS for name in session.names(kind, session.size)]
     workers = [Worker() for _ in range(min(8, max(1, (os.cpu_count() or 2) // 2), len(tasks)))]
     end = time.monotonic() + COMPILING * 60 * session.minutes
@@ -171,7 +171,7 @@ def _ceilings(device: torch.device) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.randint(0, 100, (copied,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    runs = {"copy": lambda: (target.copy_(source),), "matmul": lambda: (a @ b,)}
+    runs: dict[str, Run] = {"copy": lambda: (target.copy_(source),), "matmul": lambda: (a @ b,)}
     times, _ = interleaved(runs, device, 2.0)
     return {
         "copy TB/s": 2 * copied / times["copy"].median / 1e12,

@@ -64,7 +64,7 @@ def _table(kind: str, device: str, clock: str, group: list[Receipt], tree: str) 
     lines = [
         f"**{kind.capitalize()}** on {device} ({clock}; {'; '.join(versions)}; {when}):",
         "",
-        "| op | case | shape | ours, median | best baseline | times faster than it | than eager | peak memory, of eager's |",
+        "| op | case | shape | ours, median | best baseline | times faster | than eager | peak memory, of eager's |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in group:
