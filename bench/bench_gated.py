@@ -24,13 +24,13 @@ SHAPES = {  # (tokens, d, h)
     ("cuda", "full"): [(16384, d, h) for d, h in ((512, 2048), (768, 3072), (1024, 4096), (2048, 5632), (4096, 11008))],
 }
 CASES = (("identity", 1.0), ("silu", 1.0), ("swish", 0.5))
-CPU_CASES = (*CASES, ("relu", 1.0), ("gelu", 1.0), ("sigmoid", 1.0), ("gelu_tanh", 1.0))
+ALL_CASES = (*CASES, ("relu", 1.0), ("gelu", 1.0), ("sigmoid", 1.0), ("gelu_tanh", 1.0))
 
 
 def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
-    cases = CPU_CASES if device.type == "cpu" and size == "full" else CASES
-    for shape in SHAPES[device.type, size]:
-        for activation, beta in cases:
+    shapes = SHAPES[device.type, size]
+    for shape in shapes:
+        for activation, beta in ALL_CASES if size == "full" and shape == shapes[0] else CASES:
             for backward in (False, True):
                 yield _mlp(device, size, impl, shape, activation, beta, backward)
 
