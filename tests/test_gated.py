@@ -226,7 +226,8 @@ def test_weights_are_not_copied(kind):
     elif kind != "contiguous":
         w, v, p = (testing.layout(t, kind) for t in (w, v, p))
     x.requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         bo.gated_mlp(x, w, v, p, activation="silu").sum().backward()
     largest = max(e.self_cpu_memory_usage for e in profile.events())
     assert 0 < largest < n * n * w.itemsize
