@@ -120,7 +120,7 @@ def _gated(
 
 
 def _is_small(x: Tensor, w: Tensor) -> bool:
-    """Whether a call of the op would cost more on CPU than its arithmetic: eager PyTorch is faster, and keeps little."""
+    """Whether a call of the op would cost more on CPU than its arithmetic, so that eager PyTorch is faster."""
     return x.device.type == "cpu" and x.numel() * w.shape[0] <= SMALL_ON_CPU and not torch.compiler.is_compiling()
 
 
