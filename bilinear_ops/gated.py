@@ -204,9 +204,12 @@ def _backward(
     h = w.shape[0]
     if az.numel() == 0:
         az = composite.preactivations(x, w, v, b_w, b_v)
-    dx = dwv = dp = db = db_p = dbeta = hid = None
+    dx = dwv = dp = db = db_p = dbeta = None
     if need_x or need_w or need_v or need_bw or need_bv or need_beta:
         dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
+        if hid is not None:
+            dp = dy.t() @ hid
+            hid = None  # before the other gradients are allocated
         if need_x:
             dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
         if need_w or need_v:
@@ -216,9 +219,7 @@ def _backward(
         if dbeta is not None and beta is not None:
             dbeta = dbeta.to(beta.dtype)
     elif need_p:
-        hid = backend.gate(az, beta, activation)
-    if hid is not None:
-        dp = dy.t() @ hid
+        dp = dy.t() @ backend.gate(az, beta, activation)
     if need_bp:
         db_p = dy.sum(0)
     return tuple(_or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
