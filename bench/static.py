@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench import sass
-from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import config, gated, interaction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -147,7 +147,19 @@ def gated_cases(arch: str) -> Iterator[Case]:
         yield Case(f"{name} alone", partial(backward, None, o))
 
 
-FAMILIES = (gated_cases,)
+def interaction_cases(arch: str) -> Iterator[Case]:
+    """Both orders of contraction, with the heavier epilogue: both triangles."""
+    d, h = 1024, 2048
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        w = torch.empty(h, d, dtype=dtype, device="meta")
+        for directions in (8, 512):
+            c = torch.empty(directions, h, dtype=dtype, device="meta")
+            for packed in (False, True):
+                name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
+                yield Case(name, partial(interaction.interaction, w, w, c, None, packed))
+
+
+FAMILIES = (gated_cases, interaction_cases)
 
 
 def reports(arch: str, only: str = "") -> Iterator[Report]:

@@ -9,5 +9,36 @@ Sources, cited by key in docstrings throughout the package:
 """
 
 from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
+from bilinear_ops.reference.interaction import (
+    active_interactions,
+    eigen_form,
+    interaction_diagonal,
+    interaction_entries,
+    interaction_matrices,
+    interaction_moments,
+    interaction_topk,
+    iter_interaction_matrices,
+    layer_inner,
+    neuron_gram,
+    pack_symmetric,
+    quadratic_form,
+    unpack_symmetric,
+)
 
-__all__ = ["gated_bilinear", "gated_mlp"]
+__all__ = [
+    "active_interactions",
+    "eigen_form",
+    "gated_bilinear",
+    "gated_mlp",
+    "interaction_diagonal",
+    "interaction_entries",
+    "interaction_matrices",
+    "interaction_moments",
+    "interaction_topk",
+    "iter_interaction_matrices",
+    "layer_inner",
+    "neuron_gram",
+    "pack_symmetric",
+    "quadratic_form",
+    "unpack_symmetric",
+]
