@@ -9,5 +9,30 @@ Sources, cited by key in docstrings throughout the package:
 """
 
 from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
+from bilinear_ops.reference.rank1 import (
+    faithfulness_loss,
+    importance_minimality,
+    lower_leaky_hard_sigmoid,
+    rank1_accumulate,
+    rank1_linear,
+    rank1_sparse,
+    stochastic_delta,
+    stochastic_mask,
+    stochastic_rank1_linear,
+    upper_leaky_hard_sigmoid,
+)
 
-__all__ = ["gated_bilinear", "gated_mlp"]
+__all__ = [
+    "faithfulness_loss",
+    "gated_bilinear",
+    "gated_mlp",
+    "importance_minimality",
+    "lower_leaky_hard_sigmoid",
+    "rank1_accumulate",
+    "rank1_linear",
+    "rank1_sparse",
+    "stochastic_delta",
+    "stochastic_mask",
+    "stochastic_rank1_linear",
+    "upper_leaky_hard_sigmoid",
+]
