@@ -170,9 +170,7 @@ def _forward(
     return y, az
 
 
-def _forward_fake(
-    x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, b_p: Any, beta: Any, activation: str, save: bool, impl: str
-) -> Any:
+def _forward_fake(x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, b_p: Any, beta: Any, activation: str, save: bool, impl: str) -> Any:
     az = x.new_empty(x.shape[0], 2 * w.shape[0]) if save else x.new_empty(0)
     return x.new_empty(x.shape[0], (w if p is None else p).shape[0]), az
 
@@ -221,20 +219,7 @@ def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
     return pair[:, 0 if first else h : 2 * h if second else h]
 
 
-def _backward_fake(
-    dy: Any,
-    x: Any,
-    w: Any,
-    v: Any,
-    p: Any,
-    b_w: Any,
-    b_v: Any,
-    beta: Any,
-    az: Any,
-    activation: str,
-    need: list[bool],
-    impl: str,
-) -> Any:
+def _backward_fake(dy: Any, x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, beta: Any, az: Any, activation: str, need: list[bool], impl: str) -> Any:
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     h, d = w.shape
     return (
@@ -294,4 +279,6 @@ def _differentiable_gradients(
     return [next(found) if needed else None for needed in need]
 
 
-torch.library.register_autograd("bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY)
+torch.library.register_autograd(
+    "bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+)
