@@ -1,4 +1,4 @@
-"""Gated bilinear layers: the public functions, the registered op behind them and its backward (math.md 1)."""
+"""Gated bilinear layers: the public functions, the registered op behind them and its backward."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _forward(
     return y, az
 
 
-def _forward_fake(x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, b_p: Any, beta: Any, activation: str, save: bool, impl: str) -> Any:
+def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
     az = x.new_empty(x.shape[0], 2 * w.shape[0]) if save else x.new_empty(0)
     return x.new_empty(x.shape[0], (w if p is None else p).shape[0]), az
 
@@ -189,7 +189,7 @@ def _backward(
     need: list[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
-    """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty where nobody needs it; `need` in the forward's order."""
+    """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty unless needed; `need` is in the forward's order."""
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     backend = _backend(impl)
     h = w.shape[0]
@@ -219,7 +219,7 @@ def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
     return pair[:, 0 if first else h : 2 * h if second else h]
 
 
-def _backward_fake(dy: Any, x: Any, w: Any, v: Any, p: Any, b_w: Any, b_v: Any, beta: Any, az: Any, activation: str, need: list[bool], impl: str) -> Any:
+def _backward_fake(dy, x, w, v, p, b_w, b_v, beta, az, activation, need, impl):
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     h, d = w.shape
     return (
@@ -257,12 +257,14 @@ def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, w, v, p, b_w, b_v, b_p, beta, az = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:8])
     if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x
-        grads = _differentiable_gradients(dy, (x, w, v, p, b_w, b_v, b_p, beta), need, ctx.activation)
-        return *grads, None, None, None
-    dx, dwv, dp, db, db_p, dbeta = gated_backward_op(dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl)
-    h = w.shape[0]
-    grads = (dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[h:], db_p, dbeta)
-    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None, None
+        found = _differentiable_gradients(dy, (x, w, v, p, b_w, b_v, b_p, beta), need, ctx.activation)
+    else:
+        dx, dwv, dp, db, db_p, dbeta = gated_backward_op(
+            dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl
+        )
+        h = w.shape[0]
+        found = [dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[h:], db_p, dbeta]
+    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
 
 
 def _differentiable_gradients(
@@ -279,6 +281,4 @@ def _differentiable_gradients(
     return [next(found) if needed else None for needed in need]
 
 
-torch.library.register_autograd(
-    "bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
-)
+torch.library.register_autograd("bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY)

@@ -80,7 +80,7 @@ def stochastic_rank1_linear(
     source: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`rank1_linear` under `samples` stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
+    """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
 
     Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs, whatever the number of samples.
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.

@@ -30,9 +30,9 @@ def squared_difference_backward(
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale, wide_read, wide_write = scale.to(wide), read.to(wide), write.to(wide)
     empty = weight.new_empty(0)
-    dweight = torch.empty_like(weight) if need_weight else empty
-    dread = torch.zeros_like(wide_read) if need_read else empty
-    dwrite = torch.empty_like(write) if need_write else empty
+    dweight = weight.new_empty(weight.shape) if need_weight else empty
+    dread = wide_read.new_zeros(read.shape) if need_read else empty
+    dwrite = write.new_empty(write.shape) if need_write else empty
     for band, residual in _residuals(weight, wide_read, wide_write):
         residual *= scale
         if need_weight:

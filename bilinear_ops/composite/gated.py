@@ -1,4 +1,4 @@
-"""The gate of the gated layer with its backward by hand, so that nothing but [a | z] is kept (math.md 1).
+"""The gate of the gated layer with its backward by hand, so that nothing but [a | z] is kept.
 
 Same two functions, same signatures, as `bilinear_ops.kernels.gated`.
 """
@@ -30,7 +30,7 @@ def gate_forward(
 
 
 def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Tensor | None) -> Tensor:
-    """[a | z] = [x w^T + b_w | x v^T + b_v]  [M, 2h]: two library GEMMs into one buffer, whatever the weights' layout."""
+    """[a | z] = [x w^T + b_w | x v^T + b_v]  [M, 2h]: two library GEMMs into one buffer; no weight is copied."""
     az = x.new_empty(x.shape[0], 2 * w.shape[0])
     for out, weight, bias in zip(az.chunk(2, 1), (w, v), (b_w, b_v), strict=True):
         if bias is None:

@@ -58,8 +58,8 @@ def masked_apply_backward(
     need_acts, need_write, need_gates, need_source, need_delta = need
     wide = torch.promote_types(acts.dtype, torch.float32)
     empty = acts.new_empty(0)
-    dacts = torch.empty_like(acts) if need_acts else empty
-    dwrite = torch.zeros_like(write, dtype=wide) if need_write else empty
+    dacts = acts.new_empty(acts.shape) if need_acts else empty
+    dwrite = write.new_zeros(write.shape, dtype=wide) if need_write else empty
     dgates = _wide_zeros(masks.gates, wide) if need_gates else empty
     dsource = _wide_zeros(masks.source, wide) if need_source and masks.source is not None else empty
     ddelta = _wide_zeros(masks.delta, wide) if need_delta and masks.delta is not None else empty

@@ -1,4 +1,4 @@
-"""The uniforms of `reference.uniform` drawn block by block, so that the words stay in cache and nothing else is held."""
+"""The uniforms of `reference.uniform`, a block at a time: the words stay in cache and nothing else is held."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilinear_ops.reference.uniform import GOLDEN, MIX_1, MIX_2, PAIR_BITS, sample_states
 
-# words a block: 256 KiB of them and as much scratch stay in a core's second-level cache; other devices want few launches
+# words a block: 256 KiB and as much scratch stay in a core's second-level cache; other devices want few launches
 BLOCK = 1 << 15
 DEVICE_BLOCK = 1 << 24
 

@@ -1,4 +1,4 @@
-"""The gated bilinear layer as the papers write it: plain PyTorch, differentiable, any dtype (math.md 1; [P] eq. 1, [S])."""
+"""The gated bilinear layer as the papers write it ([P] eq. 1, [S]): plain PyTorch, differentiable, any dtype."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) started at a state gives
 mix(state + (n + 1) GOLDEN) as its n-th word, so any word can be drawn alone. Three of them are nested: the seed's words
-are the states of sites, a site's words those of samples, and a sample's words the draws. Word `row * 2^24 + pair` serves
+are the states of sites, a site's words those of samples, and a sample's words the draws. Word row * 2^24 + pair serves
 columns 2 pair (its low half) and 2 pair + 1 (its high half) of that row, so a draw depends on seed, site, sample, row
-and column alone, and no two draws of a sample share a bit for up to 2^40 rows and 2^25 columns.
+and column alone, and no two draws of a sample share a bit, for up to 2^40 rows and 2^25 columns.
 """
 
 from __future__ import annotations

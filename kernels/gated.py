@@ -1,0 +1,293 @@
+"""Kernels of the gated layer: hid = a * act(z) with a = x w^T + b_w, z = x v^T + b_v, and its backward.
+
+Forward is one persistent GEMM with two accumulators and the gate as its epilogue; backward is the GEMM dy p with the
+gate's derivative as its epilogue. Operands come through tensor descriptors where the hardware has them and the layout
+allows, else through pointers; where library GEMMs are faster, the same epilogues run alone, around them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bilinear_ops.composite.gated import preactivations
+from bilinear_ops.kernels import config
+from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels.activation import act, act_grad_beta, act_with_grad
+from bilinear_ops.kernels.config import Tile
+from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile
+
+SUBTILES = tl.constexpr(4)  # of the fused backward's epilogue: column_quarters
+
+
+@triton.jit
+def forward_kernel(
+    x, stride_xm, stride_xd,
+    w, stride_wh, stride_wd,
+    v, stride_vh, stride_vd,
+    b_w_ptr, b_v_ptr, beta_ptr,
+    hid, stride_hm,
+    a, z, stride_am,
+    M, H, D,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of hid, and of a and z where they are kept."""
+    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
+        tile_m, tile_h = grouped(tile, tiles_m, tiles_h, GROUP_M)
+        m = tile_m * BLOCK_M
+        h = tile_h * BLOCK_H
+        b_a = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        b_z = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            b_x = load_tile(x, stride_xm, stride_xd, m, d, M, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
+            b_w = load_tile(w, stride_wh, stride_wd, h, d, H, D, BLOCK_H, BLOCK_D, DESCRIPTOR)
+            b_v = load_tile(v, stride_vh, stride_vd, h, d, H, D, BLOCK_H, BLOCK_D, DESCRIPTOR)
+            b_a = tl.dot(b_x, b_w.T, b_a, input_precision=PRECISION)
+            b_z = tl.dot(b_x, b_v.T, b_z, input_precision=PRECISION)
+        columns = h + tl.arange(0, BLOCK_H)
+        if b_w_ptr is not None:
+            b_a += tl.load(b_w_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
+        if b_v_ptr is not None:
+            b_z += tl.load(b_v_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
+        store_tile(hid, stride_hm, m, h, M, H, b_a * act(b_z, beta, ACTIVATION), DESCRIPTOR)
+        if a is not None:
+            store_tile(a, stride_am, m, h, M, H, b_a, DESCRIPTOR)
+            store_tile(z, stride_am, m, h, M, H, b_z, DESCRIPTOR)
+
+
+@triton.jit
+def backward_kernel(
+    dy, stride_ym, stride_yo,
+    p, stride_po, stride_ph,
+    a, z, da, dz, stride_am,
+    hid, stride_hm,
+    db_ptr, dbeta_ptr, beta_ptr,
+    M, H, O,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p and turns it into da, dz, hid."""
+    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
+        tile_m, tile_h = grouped(tile, tiles_m, tiles_h, GROUP_M)
+        m = tile_m * BLOCK_M
+        h = tile_h * BLOCK_H
+        dhid = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for o in range(0, O, BLOCK_O):
+            b_dy = load_tile(dy, stride_ym, stride_yo, m, o, M, O, BLOCK_M, BLOCK_O, DESCRIPTOR)
+            b_p = load_tile(p, stride_po, stride_ph, o, h, O, H, BLOCK_O, BLOCK_H, DESCRIPTOR)
+            dhid = tl.dot(b_dy, b_p, dhid, input_precision=PRECISION)
+        quarters = column_quarters(dhid)  # a whole tile's epilogue would spill
+        for i in tl.static_range(SUBTILES):
+            gate_backward_tile(
+                quarters[i], tile_m, m, h + i * (BLOCK_H // SUBTILES), tiles_h * SUBTILES, tile_h * SUBTILES + i,
+                a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H, ACTIVATION, DESCRIPTOR,
+            )  # fmt: skip
+
+
+@triton.jit
+def gate_backward_tile(
+    dhid, tile_m, m, h, tiles_h, tile_h,
+    a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H,
+    ACTIVATION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and its share of db_w, db_v and dbeta."""
+    BLOCK_M: tl.constexpr = dhid.shape[0]
+    BLOCK_H: tl.constexpr = dhid.shape[1]
+    b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
+    b_z = load_tile(z, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
+    f, df = act_with_grad(b_z, beta, ACTIVATION)
+    b_da = dhid * f
+    b_dz = dhid * b_a * df
+    store_tile(da, stride_am, m, h, M, H, b_da, DESCRIPTOR)
+    store_tile(dz, stride_am, m, h, M, H, b_dz, DESCRIPTOR)
+    if hid is not None:
+        store_tile(hid, stride_hm, m, h, M, H, b_a * f, DESCRIPTOR)
+    if db_ptr is not None:  # [tiles_m, 2 H] partial sums, added up in order afterwards
+        columns = h + tl.arange(0, BLOCK_H)
+        row = db_ptr + tile_m.to(tl.int64) * 2 * H + columns
+        tl.store(row, tl.sum(b_da, 0), mask=columns < H)
+        tl.store(row + H, tl.sum(b_dz, 0), mask=columns < H)
+    if dbeta_ptr is not None:  # [tiles_m, tiles_h] partial sums
+        b_dbeta = dhid * b_a * act_grad_beta(b_z, beta, ACTIVATION)
+        tl.store(dbeta_ptr + tile_m.to(tl.int64) * tiles_h + tile_h, tl.sum(b_dbeta))
+
+
+@triton.jit
+def gate_kernel(
+    a, z, stride_am, hid, stride_hm, beta_ptr, M, H,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A program computes one tile [BLOCK_M, BLOCK_H] of hid = a act(z)."""
+    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    m = tl.program_id(0) // tiles_h * BLOCK_M
+    h = tl.program_id(0) % tiles_h * BLOCK_H
+    b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    b_z = load_tile(z, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    store_tile(hid, stride_hm, m, h, M, H, b_a * act(b_z, beta, ACTIVATION), False)
+
+
+@triton.jit
+def gate_backward_kernel(
+    dhid, stride_gm, stride_gh,
+    a, z, da, dz, stride_am,
+    hid, stride_hm,
+    db_ptr, dbeta_ptr, beta_ptr,
+    M, H,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A program turns one tile [BLOCK_M, BLOCK_H] of dhid into da, dz and hid."""
+    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    tile_m = tl.program_id(0) // tiles_h
+    tile_h = tl.program_id(0) % tiles_h
+    m = tile_m * BLOCK_M
+    h = tile_h * BLOCK_H
+    b_dhid = load_tile(dhid, stride_gm, stride_gh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    gate_backward_tile(
+        b_dhid, tile_m, m, h, tiles_h, tile_h,
+        a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H, ACTIVATION, False,
+    )  # fmt: skip
+
+
+def gate_forward(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    save: bool,
+    tiles: tuple[Tile, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`, else empty; `tiles` overrides the table's choice."""
+    (m, d), h = x.shape, w.shape[0]
+    hid = x.new_empty(m, h)
+    arch = config.architecture(x.device)
+    descriptor = config.has_descriptors(arch) and via.describable(x, w, v, hid)
+    if tiles is None:
+        tiles = config.gated_forward(arch, x.dtype, m, d, descriptor)
+    if not tiles or m * h == 0:
+        az = preactivations(x, w, v, b_w, b_v)
+        return gate(az, beta, activation), az if save else az.new_empty(0)
+    az = x.new_empty(m, 2 * h) if save else x.new_empty(0)
+    a, z = az.chunk(2, 1) if save else (None, None)
+    b_w, b_v = (None if b is None else b.contiguous() for b in (b_w, b_v))
+    beta = via.scalar(beta)
+
+    def launch(tile: Tile) -> None:
+        into = (tile.block_m, tile.block_n)
+        weight = (tile.block_n, tile.block_k)
+        forward_kernel[(via.programs(tile, m, h, x.device),)](
+            via.described(x, (tile.block_m, tile.block_k), descriptor), *x.stride(),
+            via.described(w, weight, descriptor), *w.stride(),
+            via.described(v, weight, descriptor), *v.stride(),
+            b_w, b_v, beta,
+            via.described(hid, into, descriptor), h,
+            via.described(a, into, descriptor), via.described(z, into, descriptor), 2 * h,
+            m, h, d,
+            ACTIVATION=activation, PRECISION=via.precision(x.dtype), DESCRIPTOR=descriptor,
+            BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_D=tile.block_k, GROUP_M=tile.group_m,
+            **tile.launch(),
+        )  # fmt: skip
+
+    with via.on_device_of(x):
+        via.first_that_fits(tiles, launch)
+    return hid, az
+
+
+def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
+    """hid = a * act(z)  [M, h]."""
+    a, z = az.chunk(2, 1)
+    m, h = a.shape
+    hid = az.new_empty(m, h)
+    tile = config.gate(config.architecture(az.device))
+    if m * h:
+        with via.on_device_of(az):
+            gate_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n),)](
+                a, z, 2 * h, hid, h, via.scalar(beta), m, h,
+                ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, **tile.launch(),
+            )  # fmt: skip
+    return hid
+
+
+def gate_backward(
+    dy: Tensor,
+    p: Tensor | None,
+    az: Tensor,
+    beta: Tensor | None,
+    activation: str,
+    need_hid: bool,
+    need_bias: bool,
+    need_beta: bool,
+    tiles: tuple[Tile, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of y = hid p^T (or of hid itself): [da | dz] [M, 2h], and where needed, else empty,
+    hid [M, h], its bias gradients [db_w | db_v] [2h] and dbeta [] in fp32; `tiles` overrides the table's choice."""
+    m, h = az.shape[0], az.shape[1] // 2
+    dadz = torch.empty_like(az)
+    hid = az.new_empty(m, h) if need_hid else None
+    db = dbeta = None
+    beta = via.scalar(beta)
+    (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
+    arch = config.architecture(az.device)
+    matrices = (dy, a, z, da, dz) + ((p,) if p is not None else ()) + ((hid,) if hid is not None else ())
+    descriptor = config.has_descriptors(arch) and via.describable(*matrices)
+    if p is None:
+        tiles = ()
+    elif tiles is None:
+        tiles = config.gated_backward(arch, az.dtype, m, dy.shape[1], descriptor)
+
+    def partial_sums(tiles_m: int, tiles_h: int) -> None:
+        nonlocal db, dbeta
+        db = az.new_empty(tiles_m, 2 * h, dtype=torch.float32) if need_bias else None
+        dbeta = az.new_empty(tiles_m, tiles_h, dtype=torch.float32) if need_beta else None
+
+    def launch(tile: Tile) -> None:
+        assert p is not None
+        into = (tile.block_m, tile.block_n // SUBTILES.value)
+        partial_sums(triton.cdiv(m, tile.block_m), triton.cdiv(h, tile.block_n) * SUBTILES.value)
+        backward_kernel[(via.programs(tile, m, h, az.device),)](
+            via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
+            via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
+            *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
+            via.described(hid, into, descriptor), h,
+            db, dbeta, beta,
+            m, h, dy.shape[1],
+            ACTIVATION=activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
+            BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
+            **tile.launch(),
+        )  # fmt: skip
+
+    def launch_gate_alone(tile: Tile) -> None:
+        dhid = dy if p is None else dy @ p
+        tiles_m, tiles_h = triton.cdiv(m, tile.block_m), triton.cdiv(h, tile.block_n)
+        partial_sums(tiles_m, tiles_h)
+        gate_backward_kernel[(tiles_m * tiles_h,)](
+            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, db, dbeta, beta, m, h,
+            ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, **tile.launch(),
+        )  # fmt: skip
+
+    if m * h == 0:
+        partial_sums(0, 0)
+    else:
+        with via.on_device_of(az):
+            if tiles:
+                via.first_that_fits(tiles, launch)
+            else:
+                launch_gate_alone(config.gate(arch))
+    empty = az.new_empty(0)
+    return (
+        dadz,
+        empty if hid is None else hid,
+        empty if db is None else db.sum(0).to(az.dtype),
+        empty if dbeta is None else dbeta.sum(),
+    )

@@ -1,0 +1,61 @@
+"""What the launchers share: operands as descriptors or strided pointers, program counts, the right device."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bilinear_ops.kernels import config
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[object]:
+    """Launch here: Triton otherwise launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether hardware descriptors can address all of these matrices: 16-byte rows, unit last stride, not empty."""
+    return all(
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1] > 0
+        and t.stride(0) * t.itemsize % 16 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def described(t: Tensor | None, block: Sequence[int], descriptor: bool) -> Tensor | TensorDescriptor | None:
+    """`t` as a kernel's tiles of shape `block` reach it."""
+    if t is None or not descriptor:
+        return t
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The products of a `tl.dot`: fp32 stays fp32-accurate unless the user opted in to TF32."""
+    return "tf32" if dtype == torch.float32 and config.tf32_allowed() else "ieee"
+
+
+def scalar(t: Tensor | None) -> Tensor | None:
+    """A run-time number as kernels read it: fp32, through a pointer."""
+    return None if t is None else t.to(torch.float32)
+
+
+def programs(tile: config.Tile, m: int, n: int, device: torch.device) -> int:
+    """Programs of a persistent kernel over the tiles of an [m, n] output."""
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    return min(tiles, config.processors(device) * tile.blocks_per_sm)
+
+
+def first_that_fits(tiles: Sequence[config.Tile], launch: Callable[[config.Tile], None]) -> None:
+    """Launch the best tile, stepping down where the device runs out of registers or shared memory."""
+    for i, tile in enumerate(tiles):
+        try:
+            return launch(tile)
+        except OutOfResources:
+            if i == len(tiles) - 1:
+                raise
