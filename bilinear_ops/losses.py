@@ -12,7 +12,7 @@ from bilinear_ops.composite import faithfulness as composite
 
 
 def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor, *, impl: str = "auto") -> Tensor:
-    """mean (W - (R L)^T)^2, how far the subcomponents are from summing to the weight ([SPD] eq. 4).
+    """mean (W - (R L)^T)^2, how far the subcomponents are from summing to the weight ([SPD]).
 
     Always in float32 or better and through the residual, of which only a band or tile exists at a time.
 
@@ -37,7 +37,7 @@ def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor, *, impl: str 
 
 
 def importance_minimality(gates: Tensor, *, pnorm: float | Tensor, eps: float = 1e-12) -> Tensor:
-    """Mean over tokens of (g + eps)^p for each subcomponent, the penalty that makes gates sparse ([SPD] eq. 6).
+    """Mean over tokens of (g + eps)^p for each subcomponent, the penalty that makes gates sparse ([SPD]).
 
     Args:
         gates: `[..., C]` causal importances, at least 0.

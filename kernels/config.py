@@ -135,3 +135,26 @@ def has_descriptors(arch: str) -> bool:
 def processors(device: torch.device) -> int:
     """Programs a persistent kernel runs at once, one per multiprocessor."""
     return 3 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class MaskTile:
+    """A tile of the rank-1 mask kernels: `rows` tokens by an even number of `columns`."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def launch(self) -> dict[str, int]:
+        # no fused multiply-adds: they would change the masks' last bits
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+# One pass over memory.
+RANK1_MASK = MaskTile(16, 128, 4)
+RANK1_MASK_INTERPRETED = MaskTile(32, 32, 4)
+
+
+def rank1_mask(arch: str) -> MaskTile:
+    """The tile of the kernels that draw masks."""
+    return RANK1_MASK_INTERPRETED if arch == "interpreter" else RANK1_MASK
