@@ -121,7 +121,7 @@ def gated_cases(arch: str) -> Iterator[Case]:
 
         def backward(tile: config.Tile | None, o: int, t: Callable[..., torch.Tensor] = t) -> object:
             dy, p, tiles = (t(m, o), t(o, h), (tile,)) if tile else (t(m, h), None, None)
-            return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True, True, tiles)
+            return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True, tiles)
 
         name = str(dtype).removeprefix("torch.")
         for aligned, row in rows.items():

@@ -197,11 +197,13 @@ def _backward(
         az = composite.preactivations(x, w, v, b_w, b_v)
     dx = dwv = dp = db = db_p = dbeta = hid = x.new_empty(0)
     if need_x or need_w or need_v or need_bw or need_bv or need_beta:
-        dadz, hid, db, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_bw or need_bv, need_beta)
+        dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
         if need_x:
             dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
         if need_w or need_v:
             dwv = _needed_halves(dadz, need_w, need_v).t() @ x
+        if need_bw or need_bv:
+            db = _needed_halves(dadz, need_bw, need_bv).sum(0)
         if beta is not None:
             dbeta = dbeta.to(beta.dtype)
     elif need_p:
@@ -226,7 +228,7 @@ def _backward_fake(dy, x, w, v, p, b_w, b_v, beta, az, activation, need, impl):
         x.new_empty(x.shape if need_x else 0),
         x.new_empty(((need_w + need_v) * h, d) if need_w or need_v else 0),
         x.new_empty(p.shape if need_p else 0),
-        x.new_empty(2 * h if need_bw or need_bv else 0),
+        x.new_empty((need_bw + need_bv) * h),
         x.new_empty(dy.shape[1] if need_bp else 0),
         x.new_empty((), dtype=beta.dtype) if need_beta else x.new_empty(0),
     )
@@ -263,7 +265,7 @@ def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
             dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl
         )
         h = w.shape[0]
-        found = [dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[h:], db_p, dbeta]
+        found = [dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[db.shape[0] - h :], db_p, dbeta]
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
 
 

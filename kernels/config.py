@@ -56,7 +56,7 @@ GATED_FORWARD = {
     "sm_120": (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     "gfx942": (Tile(128, 64, 32, 4, 2),),
     "pointers": (Tile(64, 64, 32, 4, 3),),
-    "interpreter": (Tile(32, 32, 32, 4, 1),),
+    "interpreter": (Tile(64, 64, 64, 4, 1),),
 }
 
 # Backward: one accumulator, written out in four column subtiles (a whole-tile epilogue spills).
@@ -68,12 +68,12 @@ GATED_BACKWARD = {
     "sm_120": (Tile(64, 64, 32, 4, 3),),
     "gfx942": (Tile(128, 64, 32, 4, 2),),
     "pointers": (Tile(64, 64, 32, 4, 3),),
-    "interpreter": (Tile(32, 32, 32, 4, 1),),
+    "interpreter": (Tile(64, 64, 64, 4, 1),),
 }
 
 # The gate alone, around library GEMMs: one pass over memory.
 GATE = Tile(64, 64, 1, 8, 1)
-GATE_INTERPRETED = Tile(32, 32, 1, 4, 1)
+GATE_INTERPRETED = Tile(64, 64, 1, 4, 1)
 
 
 def gated_forward(arch: str, dtype: torch.dtype, m: int, d: int, descriptors: bool) -> tuple[Tile, ...]:

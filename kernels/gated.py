@@ -65,7 +65,7 @@ def backward_kernel(
     p, stride_po, stride_ph,
     a, z, da, dz, stride_am,
     hid, stride_hm,
-    db_ptr, dbeta_ptr, beta_ptr,
+    dbeta_ptr, beta_ptr,
     M, H, O,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, GROUP_M: tl.constexpr,
@@ -86,18 +86,18 @@ def backward_kernel(
         quarters = column_quarters(dhid)  # a whole tile's epilogue would spill
         for i in tl.static_range(SUBTILES):
             gate_backward_tile(
-                quarters[i], tile_m, m, h + i * (BLOCK_H // SUBTILES), tiles_h * SUBTILES, tile_h * SUBTILES + i,
-                a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H, ACTIVATION, DESCRIPTOR,
+                quarters[i], m, h + i * (BLOCK_H // SUBTILES), tile * SUBTILES + i,
+                a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H, ACTIVATION, DESCRIPTOR,
             )  # fmt: skip
 
 
 @triton.jit
 def gate_backward_tile(
-    dhid, tile_m, m, h, tiles_h, tile_h,
-    a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H,
+    dhid, m, h, part,
+    a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H,
     ACTIVATION: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and its share of db_w, db_v and dbeta."""
+    """da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and its part of dbeta."""
     BLOCK_M: tl.constexpr = dhid.shape[0]
     BLOCK_H: tl.constexpr = dhid.shape[1]
     b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
@@ -109,14 +109,8 @@ def gate_backward_tile(
     store_tile(dz, stride_am, m, h, M, H, b_dz, DESCRIPTOR)
     if hid is not None:
         store_tile(hid, stride_hm, m, h, M, H, b_a * f, DESCRIPTOR)
-    if db_ptr is not None:  # [tiles_m, 2 H] partial sums, added up in order afterwards
-        columns = h + tl.arange(0, BLOCK_H)
-        row = db_ptr + tile_m.to(tl.int64) * 2 * H + columns
-        tl.store(row, tl.sum(b_da, 0), mask=columns < H)
-        tl.store(row + H, tl.sum(b_dz, 0), mask=columns < H)
-    if dbeta_ptr is not None:  # [tiles_m, tiles_h] partial sums
-        b_dbeta = dhid * b_a * act_grad_beta(b_z, beta, ACTIVATION)
-        tl.store(dbeta_ptr + tile_m.to(tl.int64) * tiles_h + tile_h, tl.sum(b_dbeta))
+    if dbeta_ptr is not None:  # one part a tile, added up in order afterwards
+        tl.store(dbeta_ptr + part, tl.sum(dhid * b_a * act_grad_beta(b_z, beta, ACTIVATION)))
 
 
 @triton.jit
@@ -139,21 +133,19 @@ def gate_backward_kernel(
     dhid, stride_gm, stride_gh,
     a, z, da, dz, stride_am,
     hid, stride_hm,
-    db_ptr, dbeta_ptr, beta_ptr,
+    dbeta_ptr, beta_ptr,
     M, H,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A program turns one tile [BLOCK_M, BLOCK_H] of dhid into da, dz and hid."""
     beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
     tiles_h = tl.cdiv(H, BLOCK_H)
-    tile_m = tl.program_id(0) // tiles_h
-    tile_h = tl.program_id(0) % tiles_h
-    m = tile_m * BLOCK_M
-    h = tile_h * BLOCK_H
+    m = tl.program_id(0) // tiles_h * BLOCK_M
+    h = tl.program_id(0) % tiles_h * BLOCK_H
     b_dhid = load_tile(dhid, stride_gm, stride_gh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
     gate_backward_tile(
-        b_dhid, tile_m, m, h, tiles_h, tile_h,
-        a, z, da, dz, stride_am, hid, stride_hm, db_ptr, dbeta_ptr, beta, M, H, ACTIVATION, False,
+        b_dhid, m, h, tl.program_id(0),
+        a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H, ACTIVATION, False,
     )  # fmt: skip
 
 
@@ -226,16 +218,14 @@ def gate_backward(
     beta: Tensor | None,
     activation: str,
     need_hid: bool,
-    need_bias: bool,
     need_beta: bool,
     tiles: tuple[Tile, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of y = hid p^T (or of hid itself): [da | dz] [M, 2h], and where needed, else empty,
-    hid [M, h], its bias gradients [db_w | db_v] [2h] and dbeta [] in fp32; `tiles` overrides the table's choice."""
+    hid [M, h] and dbeta [] in fp32; `tiles` overrides the table's choice."""
     m, h = az.shape[0], az.shape[1] // 2
     dadz = torch.empty_like(az)
     hid = az.new_empty(m, h) if need_hid else None
-    db = dbeta = None
     beta = via.scalar(beta)
     (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
     arch = config.architecture(az.device)
@@ -246,48 +236,39 @@ def gate_backward(
     elif tiles is None:
         tiles = config.gated_backward(arch, az.dtype, m, dy.shape[1], descriptor)
 
-    def partial_sums(tiles_m: int, tiles_h: int) -> None:
-        nonlocal db, dbeta
-        db = az.new_empty(tiles_m, 2 * h, dtype=torch.float32) if need_bias else None
-        dbeta = az.new_empty(tiles_m, tiles_h, dtype=torch.float32) if need_beta else None
+    def dbeta_parts(tile: Tile, subtiles: int = 1) -> Tensor | None:
+        parts = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n) * subtiles
+        return az.new_empty(parts, dtype=torch.float32) if need_beta else None
 
-    def launch(tile: Tile) -> None:
+    def launch(tile: Tile) -> Tensor | None:
         assert p is not None
         into = (tile.block_m, tile.block_n // SUBTILES.value)
-        partial_sums(triton.cdiv(m, tile.block_m), triton.cdiv(h, tile.block_n) * SUBTILES.value)
+        parts = dbeta_parts(tile, SUBTILES.value)
         backward_kernel[(via.programs(tile, m, h, az.device),)](
             via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
             *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
             via.described(hid, into, descriptor), h,
-            db, dbeta, beta,
+            parts, beta,
             m, h, dy.shape[1],
             ACTIVATION=activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
             **tile.launch(),
         )  # fmt: skip
+        return parts
 
-    def launch_gate_alone(tile: Tile) -> None:
+    def launch_gate_alone(tile: Tile) -> Tensor | None:
         dhid = dy if p is None else dy @ p
-        tiles_m, tiles_h = triton.cdiv(m, tile.block_m), triton.cdiv(h, tile.block_n)
-        partial_sums(tiles_m, tiles_h)
-        gate_backward_kernel[(tiles_m * tiles_h,)](
-            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, db, dbeta, beta, m, h,
+        parts = dbeta_parts(tile)
+        gate_backward_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n),)](
+            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, parts, beta, m, h,
             ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, **tile.launch(),
         )  # fmt: skip
+        return parts
 
-    if m * h == 0:
-        partial_sums(0, 0)
-    else:
-        with via.on_device_of(az):
-            if tiles:
-                via.first_that_fits(tiles, launch)
-            else:
-                launch_gate_alone(config.gate(arch))
     empty = az.new_empty(0)
-    return (
-        dadz,
-        empty if hid is None else hid,
-        empty if db is None else db.sum(0).to(az.dtype),
-        empty if dbeta is None else dbeta.sum(),
-    )
+    parts = az.new_zeros(0, dtype=torch.float32) if need_beta else None
+    if m * h:
+        with via.on_device_of(az):
+            parts = via.first_that_fits(tiles, launch) if tiles else launch_gate_alone(config.gate(arch))
+    return dadz, empty if hid is None else hid, empty if parts is None else parts.sum()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import triton
@@ -10,6 +11,8 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bilinear_ops.kernels import config
+
+T = TypeVar("T")
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
@@ -51,7 +54,7 @@ def programs(tile: config.Tile, m: int, n: int, device: torch.device) -> int:
     return min(tiles, config.processors(device) * tile.blocks_per_sm)
 
 
-def first_that_fits(tiles: Sequence[config.Tile], launch: Callable[[config.Tile], None]) -> None:
+def first_that_fits(tiles: Sequence[config.Tile], launch: Callable[[config.Tile], T]) -> T:
     """Launch the best tile, stepping down where the device runs out of registers or shared memory."""
     for i, tile in enumerate(tiles):
         try:
@@ -59,3 +62,4 @@ def first_that_fits(tiles: Sequence[config.Tile], launch: Callable[[config.Tile]
         except OutOfResources:
             if i == len(tiles) - 1:
                 raise
+    raise ValueError("no tiles to launch")

@@ -37,15 +37,25 @@ def load_tile(
 
 
 @triton.jit
+def narrow(tile, dtype: tl.constexpr):
+    """The tile in the dtype it is stored in, rounded to nearest even; the interpreter alone would truncate to bf16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = tile.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        tile = tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), tile)
+    return tile.to(dtype)
+
+
+@triton.jit
 def store_tile(dst, stride_r, row, col, rows, cols, tile, DESCRIPTOR: tl.constexpr):
     """Store a tile at (row, col) of a row-major matrix, narrowed to its dtype and clipped to [rows, cols]."""
     if DESCRIPTOR:
-        dst.store([row, col], tile.to(dst.dtype))
+        dst.store([row, col], narrow(tile, dst.dtype))
     else:
         r = row + tl.arange(0, tile.shape[0]).to(tl.int64)
         c = col + tl.arange(0, tile.shape[1])
         inside = (r < rows)[:, None] & (c < cols)[None, :]
-        tl.store(dst + r[:, None] * stride_r + c[None, :], tile.to(dst.dtype.element_ty), mask=inside)
+        tl.store(dst + r[:, None] * stride_r + c[None, :], narrow(tile, dst.dtype.element_ty), mask=inside)
 
 
 @triton.jit

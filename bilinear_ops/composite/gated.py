@@ -53,11 +53,10 @@ def gate_backward(
     beta: Tensor | None,
     activation: str,
     need_hid: bool,
-    need_bias: bool,
     need_beta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of y = hid p^T (or of hid itself): [da | dz] [M, 2h], and where needed, else empty,
-    hid [M, h], its bias gradients [db_w | db_v] [2h] and dbeta []."""
+    hid [M, h] and dbeta []."""
     empty = az.new_empty(0)
     a, z = az.chunk(2, 1)
     dhid = dy if p is None else dy @ p
@@ -79,7 +78,7 @@ def gate_backward(
     elif activation in ("gelu", "gelu_tanh"):
         aten.gelu_backward(dz, z, approximate="tanh" if activation == "gelu_tanh" else "none", grad_input=dz)
     hid = empty if not need_hid else a * z if activation == "identity" else act.mul_(a)
-    return dadz, hid, dadz.sum(0) if need_bias else empty, dbeta
+    return dadz, hid, dbeta
 
 
 def _activate(z: Tensor, beta: Tensor | None, activation: str) -> Tensor:

@@ -1,0 +1,21 @@
+"""The suite runs on any machine: kernels are interpreted unless the GPU tests are asked for."""
+
+import os
+import sys
+
+if "gpu" not in " ".join(sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Fixed numbers, and NaN in every fresh `torch.empty`, so that what is not written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,151 @@
+"""The paths behind the gated launchers, one by one, and what they may touch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bilinear_ops import testing
+from bilinear_ops.composite import gated as composite
+from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import launch as via
+from bilinear_ops.testing import randn
+
+M, D, H, O = 70, 48, 80, 40  # noqa: E741
+SMALL = config.Tile(32, 64, 32, 4, 1, group_m=2)  # several tiles a program, and a tail in every dimension
+LIBRARY = ()
+
+
+def call_forward(kernels, tensors, tiles=None):
+    x, w, v, b_w, b_v, beta = tensors
+    return kernels.gate_forward(x, w, v, b_w, b_v, beta, "swish", True, **({} if tiles is None else {"tiles": tiles}))
+
+
+def call_backward(kernels, tensors, tiles=None):
+    dy, p, az, beta = tensors
+    return kernels.gate_backward(dy, p, az, beta, "swish", True, True, **({} if tiles is None else {"tiles": tiles}))
+
+
+def forward_inputs(dtype=torch.float32):
+    weights = [randn(H, D, dtype=dtype, scale=D**-0.5) for _ in range(2)]
+    return [randn(M, D, dtype=dtype), *weights, randn(H, dtype=dtype), randn(H, dtype=dtype), torch.tensor(0.7)]
+
+
+def backward_inputs(dtype=torch.float32):
+    p = randn(O, H, dtype=dtype, scale=H**-0.5)
+    return [randn(M, O, dtype=dtype), p, randn(M, 2 * H, dtype=dtype), torch.tensor(0.7)]
+
+
+CALLS = [(call_forward, forward_inputs), (call_backward, backward_inputs)]
+
+
+def assert_same(call, tensors, tiles, dtype):
+    wide = [t.double() for t in tensors]
+    results = call(gated, tensors, tiles), call(composite, tensors), call(composite, wide)
+    for ours, eager, gold in zip(*results, strict=True):
+        testing.assert_no_worse(ours, eager.to(ours.dtype), gold)
+
+
+@pytest.mark.parametrize(("call", "inputs"), CALLS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("tiles", ((SMALL,), LIBRARY), ids=("fused", "library"))
+def test_paths_agree(call, inputs, tiles, dtype):
+    assert_same(call, inputs(dtype), tiles, dtype)
+
+
+@pytest.mark.parametrize(("call", "inputs"), CALLS)
+@pytest.mark.parametrize("kind", testing.LAYOUTS)
+def test_pointers_take_what_descriptors_cannot(call, inputs, kind, monkeypatch):
+    tensors = inputs()
+    described = [testing.layout(t, kind) if t.dim() == 2 and i < 2 else t for i, t in enumerate(tensors)]
+    seen = []
+    original = via.describable
+    monkeypatch.setattr(via, "describable", lambda *t: seen.append(original(*t)) or seen[-1])
+    assert_same(call, described, (SMALL,), torch.float32)
+    assert_same(call, tensors, (SMALL,), torch.float32)
+    assert seen == [kind == "sliced", True]  # of these layouts, only a row stride is a descriptor's business
+
+
+@pytest.mark.parametrize(("call", "inputs"), CALLS)
+@pytest.mark.parametrize("tiles", ((SMALL,), LIBRARY), ids=("fused", "library"))
+@pytest.mark.parametrize("kind", ("plain", "offset"))
+def test_touches_only_its_memory(call, inputs, tiles, kind):
+    """Outputs lie between pads that stay NaN, inputs between pads that must not be read."""
+    tensors = [testing.guarded(t) for t in inputs()]
+    if kind == "offset":
+        tensors[1] = testing.layout(tensors[1], "offset")
+    with testing.GuardedAllocations() as memory:
+        results = call(gated, tensors, tiles)
+    assert len(memory.allocated) >= 2
+    memory.check()
+    for ours, expected in zip(results, call(composite, inputs_copy(tensors)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def inputs_copy(tensors):
+    return [t.clone() for t in tensors]
+
+
+def test_steps_down_when_the_device_runs_out():
+    from triton.runtime.errors import OutOfResources
+
+    tried = []
+
+    def launch(tile):
+        tried.append(tile)
+        if tile == 1:
+            raise OutOfResources(2, 1, "shared memory")
+        return tile
+
+    assert via.first_that_fits((1, 2, 3), launch) == 2 and tried == [1, 2]
+    with pytest.raises(OutOfResources):
+        via.first_that_fits((1,), launch)
+
+
+def test_table_sends_each_case_down_its_path(monkeypatch):
+    """fp32 stays with the library unless TF32 was opted in to; every fused tile fits its device."""
+    half, single = torch.bfloat16, torch.float32
+    assert config.gated_forward("sm_90", half, 4096, 1024, True)[0] == config.GATED_FORWARD["sm_90"][0]
+    assert config.gated_forward("sm_90", half, 4096, 1024, False) == config.GATED_FORWARD["pointers"]
+    assert config.gated_forward("sm_90", single, 4096, 1024, True) == ()
+    for choose in (config.gated_forward, config.gated_backward):
+        for arch in config.SHARED_MEMORY:
+            assert choose(arch, half, 4096, 1024, False)
+    monkeypatch.setattr(config, "tf32_allowed", lambda: True)
+    assert config.gated_forward("sm_90", single, 4096, 1024, True)
+
+
+@pytest.mark.parametrize("spelling", ("new", "old"))
+def test_tf32_switch_is_read_in_either_spelling(spelling):
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert not config.tf32_allowed()
+        if spelling == "new":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert config.tf32_allowed()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
+    assert not config.tf32_allowed()
+
+
+OFFSETS = """
+import torch
+from bilinear_ops.kernels import config, gated
+stride, d = 70_000_000, 33  # column 32 lies 2.2e9 elements in: past 2^31; the buffer is committed lazily
+torch.manual_seed(0)
+x = torch.empty(stride * (d - 1) + 16, dtype=torch.float16).as_strided((16, d), (1, stride))
+x.copy_(torch.randn(16, d))
+w, v = torch.randn(2, 8, d).half()
+hid, _ = gated.gate_forward(x, w, v, None, None, None, "identity", False, (config.Tile(16, 16, 16, 4, 1),))
+torch.testing.assert_close(hid.float(), (x.float() @ w.float().T) * (x.float() @ v.float().T), rtol=1e-2, atol=1e-2)
+"""
+
+
+def test_offsets_past_2_to_the_31():
+    subprocess.run([sys.executable, "-c", OFFSETS], check=True)
