@@ -210,19 +210,25 @@ def _periodic(t: Tensor, lead: torch.Size, c: int) -> Tensor:
     """As `[period, c]` rows that repeat over the tokens: a view unless a broadcast lies inside the tokens."""
     while t.dim() > 1 and t.shape[0] == 1:
         t = t[0]
-    t = t.expand(*t.shape[:-1], c)
-    if t.shape[:-1] != lead[len(lead) - t.dim() + 1 :] or lead.numel() == 0:
-        t = t.expand(*lead, c)
-    return t.reshape(t.shape[:-1].numel(), c)
+    if lead.numel() == 0:
+        return t.expand(*lead, c).reshape(0, c)
+    outer = max(t.dim() - 1, 0)
+    shape = (*t.shape[:-1], c) if t.shape[:-1] == lead[len(lead) - outer :] else (*lead, c)
+    return _broadcast(t, shape).reshape(torch.Size(shape[:-1]).numel(), c)
 
 
 def _source(t: Tensor, samples: int, lead: torch.Size, c: int) -> Tensor:
     """As `[1 or samples, 1 or tokens, c]`."""
-    t = t.expand(*t.shape[:-1], c)
     t = t[(None,) * (len(lead) + 2 - t.dim())]
-    if t.shape[1:-1].numel() == 1:
-        return t.reshape(t.shape[0], 1, c)
-    return t.expand(t.shape[0], *lead, c).reshape(t.shape[0], lead.numel(), c)
+    tokens = lead if t.shape[1:-1].numel() != 1 else torch.Size([1] * len(lead))
+    return _broadcast(t, (t.shape[0], *tokens, c)).reshape(t.shape[0], tokens.numel(), c)
+
+
+def _broadcast(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Expanded in fp32 or better, so that the gradient is summed there."""
+    if t.shape == shape:
+        return t
+    return t.to(torch.promote_types(t.dtype, torch.float32)).expand(shape)
 
 
 def _backend(impl: str) -> Any:

@@ -152,7 +152,7 @@ class MaskTile:
 
 # One pass over memory. With 4 warps the backward needs 232 registers a thread, which leaves few warps (compiled, sm_90).
 RANK1_MASK = MaskTile(16, 128, 8)
-RANK1_MASK_INTERPRETED = MaskTile(32, 32, 4)
+RANK1_MASK_INTERPRETED = MaskTile(64, 64, 4)
 
 
 def rank1_mask(arch: str) -> MaskTile:

@@ -226,9 +226,9 @@ def masked_apply_backward(
     return (
         empty if dacts is None else dacts,
         dmasked.t() @ dy if need_write else empty,
-        empty if dgates is None else _summed_to(dgates.view(-1, period, c) if m else dgates[None], masks.gates, 0),
+        empty if dgates is None else _gates_gradient(dgates, masks.gates),
         empty if dsource is None or masks.source is None else _source_gradient(dsource, masks.source),
-        empty if ddelta is None or masks.delta is None else _summed_to(ddelta, masks.delta, 0),
+        empty if ddelta is None or masks.delta is None else _at_least_fp32(ddelta.sum(0), masks.delta),
     )
 
 
@@ -247,9 +247,11 @@ def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _summed_to(partial: Tensor, t: Tensor, dim: int) -> Tensor:
-    """Partial gradients of `t`, added up in order, in fp32 or better."""
-    return partial.sum(dim).to(torch.promote_types(t.dtype, torch.float32))
+def _gates_gradient(partial: Tensor, gates: Tensor) -> Tensor:
+    """Rows [tokens or tiles, C] added up, in order, to the rows that the gates repeat."""
+    period, c = gates.shape
+    repeats = partial.shape[0] // period if period else 0
+    return _at_least_fp32(partial.view(repeats, period, c).sum(0), gates)
 
 
 def _source_gradient(partial: Tensor, source: Tensor) -> Tensor:
@@ -257,4 +259,9 @@ def _source_gradient(partial: Tensor, source: Tensor) -> Tensor:
         partial = partial.sum(1, keepdim=True)
     if source.shape[0] == 1:
         partial = partial.sum(0, keepdim=True)
-    return partial.to(torch.promote_types(source.dtype, torch.float32))
+    return _at_least_fp32(partial, source)
+
+
+def _at_least_fp32(gradient: Tensor, t: Tensor) -> Tensor:
+    """In fp32, or in fp64 for an fp64 `t`."""
+    return gradient.to(torch.promote_types(t.dtype, torch.float32))

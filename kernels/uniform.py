@@ -37,7 +37,7 @@ def sample_state(seed_ptr, site, sample):
 @triton.jit
 def uniform_tile(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """float32 [ROWS, COLUMNS] in [0, 1), from an even column on: one word for two columns."""
-    rows = (row + tl.arange(0, ROWS)).to(tl.uint64) << PAIR_BITS
+    rows = (tl.cast(row, tl.int64) + tl.arange(0, ROWS)).to(tl.uint64) << PAIR_BITS
     pairs = (column // 2 + 1 + tl.arange(0, COLUMNS // 2)).to(tl.uint64)
     words = mix((state + rows * GOLDEN)[:, None] + (pairs * GOLDEN)[None, :])  # [ROWS, COLUMNS / 2]
     low = unit(words.to(tl.uint32))
