@@ -49,8 +49,9 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
         if axes[0] == "...":
             axes = axes[1:]
             shape = shape[max(len(shape) - len(axes), 0) :]
+        bound = dict(sizes)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
-            named = (f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in spec.lstrip("? ").split())
+            named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
             raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}")
     return sizes
 

@@ -167,7 +167,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
-    return y, az
+    return y, _or_empty(az, x)
 
 
 def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
@@ -195,7 +195,7 @@ def _backward(
     h = w.shape[0]
     if az.numel() == 0:
         az = composite.preactivations(x, w, v, b_w, b_v)
-    dx = dwv = dp = db = db_p = dbeta = hid = x.new_empty(0)
+    dx = dwv = dp = db = db_p = dbeta = hid = None
     if need_x or need_w or need_v or need_bw or need_bv or need_beta:
         dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
         if need_x:
@@ -204,15 +204,20 @@ def _backward(
             dwv = _needed_halves(dadz, need_w, need_v).t() @ x
         if need_bw or need_bv:
             db = _needed_halves(dadz, need_bw, need_bv).sum(0)
-        if beta is not None:
+        if dbeta is not None and beta is not None:
             dbeta = dbeta.to(beta.dtype)
     elif need_p:
         hid = backend.gate(az, beta, activation)
-    if need_p:
+    if hid is not None:
         dp = dy.t() @ hid
     if need_bp:
         db_p = dy.sum(0)
-    return dx, dwv, dp, db, db_p, dbeta
+    return tuple(_or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
+
+
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """An op returns tensors only, no two of them the same."""
+    return like.new_empty(0) if t is None else t
 
 
 def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
@@ -252,6 +257,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, w, v, p, b_w, b_v, b_p, beta, ctx.activation, _, ctx.impl = inputs
     az = output[1]
     ctx.mark_non_differentiable(az)
+    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of az: [M, 2h] zeros, written out
     ctx.save_for_backward(x, w, v, p, b_w, b_v, b_p, beta, az)
 
 

@@ -159,8 +159,8 @@ def gate_forward(
     activation: str,
     save: bool,
     tiles: tuple[Tile, ...] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`, else empty; `tiles` overrides the table's choice."""
+) -> tuple[Tensor, Tensor | None]:
+    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`; `tiles` overrides the table's choice."""
     (m, d), h = x.shape, w.shape[0]
     hid = x.new_empty(m, h)
     arch = config.architecture(x.device)
@@ -168,10 +168,10 @@ def gate_forward(
     if tiles is None:
         tiles = config.gated_forward(arch, x.dtype, m, d, descriptor)
     if not tiles or m * h == 0:
-        az = preactivations(x, w, v, b_w, b_v)
-        return gate(az, beta, activation), az if save else az.new_empty(0)
-    az = x.new_empty(m, 2 * h) if save else x.new_empty(0)
-    a, z = az.chunk(2, 1) if save else (None, None)
+        both = preactivations(x, w, v, b_w, b_v)
+        return gate(both, beta, activation), both if save else None
+    az = x.new_empty(m, 2 * h) if save else None
+    a, z = (None, None) if az is None else az.chunk(2, 1)
     b_w, b_v = (None if b is None else b.contiguous() for b in (b_w, b_v))
     beta = via.scalar(beta)
 
@@ -220,9 +220,9 @@ def gate_backward(
     need_hid: bool,
     need_beta: bool,
     tiles: tuple[Tile, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of y = hid p^T (or of hid itself): [da | dz] [M, 2h], and where needed, else empty,
-    hid [M, h] and dbeta [] in fp32; `tiles` overrides the table's choice."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself;
+    `tiles` overrides the table's choice."""
     m, h = az.shape[0], az.shape[1] // 2
     dadz = torch.empty_like(az)
     hid = az.new_empty(m, h) if need_hid else None
@@ -266,9 +266,8 @@ def gate_backward(
         )  # fmt: skip
         return parts
 
-    empty = az.new_empty(0)
     parts = az.new_zeros(0, dtype=torch.float32) if need_beta else None
     if m * h:
         with via.on_device_of(az):
             parts = via.first_that_fits(tiles, launch) if tiles else launch_gate_alone(config.gate(arch))
-    return dadz, empty if hid is None else hid, empty if parts is None else parts.sum()
+    return dadz, hid, None if parts is None else parts.sum()

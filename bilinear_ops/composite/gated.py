@@ -22,11 +22,11 @@ def gate_forward(
     beta: Tensor | None,
     activation: str,
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`, else empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`."""
     az = preactivations(x, w, v, b_w, b_v)
     hid = gate(az, beta, activation)
-    return hid, az if save else az.new_empty(0)
+    return hid, az if save else None
 
 
 def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Tensor | None) -> Tensor:
@@ -54,10 +54,8 @@ def gate_backward(
     activation: str,
     need_hid: bool,
     need_beta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of y = hid p^T (or of hid itself): [da | dz] [M, 2h], and where needed, else empty,
-    hid [M, h] and dbeta []."""
-    empty = az.new_empty(0)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself."""
     a, z = az.chunk(2, 1)
     dhid = dy if p is None else dy @ p
     dadz = torch.empty_like(az)
@@ -65,7 +63,7 @@ def gate_backward(
     act = _activate(z, beta, activation)  # [M, h]
     torch.mul(dhid, act, out=da)
     torch.mul(dhid, a, out=dz)  # the gradient of act(z), turned into that of z in place
-    dbeta = _beta_gradient(dz, z, beta) if need_beta and beta is not None else empty
+    dbeta = _beta_gradient(dz, z, beta) if need_beta and beta is not None else None
     if activation == "silu":
         aten.silu_backward(dz, z, grad_input=dz)
     elif activation == "swish":
@@ -77,7 +75,7 @@ def gate_backward(
         aten.threshold_backward(dz, z, 0, grad_input=dz)
     elif activation in ("gelu", "gelu_tanh"):
         aten.gelu_backward(dz, z, approximate="tanh" if activation == "gelu_tanh" else "none", grad_input=dz)
-    hid = empty if not need_hid else a * z if activation == "identity" else act.mul_(a)
+    hid = None if not need_hid else a * z if activation == "identity" else act.mul_(a)
     return dadz, hid, dbeta
 
 
