@@ -153,3 +153,8 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.bilinear_ops, name).default
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """What an op returns where nobody needs a result: a tensor always, no two of them the same."""
+    return like.new_empty(0) if t is None else t

@@ -94,9 +94,10 @@ def _forward_fake(weight: Any, read: Any, write: Any, impl: str) -> Any:
 
 def _backward(
     scale: Tensor, weight: Tensor, read: Tensor, write: Tensor, need: list[bool], impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     # three products of one band each, which the library does best on every device
-    return composite.squared_difference_backward(scale, weight, read, write, need)
+    grads = composite.squared_difference_backward(scale, weight, read, write, need)
+    return tuple(_dispatch.or_empty(t, weight) for t in grads)
 
 
 def _backward_fake(scale: Any, weight: Any, read: Any, write: Any, need: list[bool], impl: str) -> Any:

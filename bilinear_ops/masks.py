@@ -93,7 +93,7 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
         if seed.device != device:
             raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+    if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
     return seed_tensor(seed, device)
 

@@ -268,7 +268,7 @@ def _forward(
     elif bias is not None:
         y.copy_(bias)
     _backend(impl).masked_apply(y, inner, write, masks, beta=float(bias is not None or delta is not None))
-    return y, inner if save else x.new_empty(0)
+    return y, _dispatch.or_empty(inner if save else None, x)
 
 
 def _forward_fake(
@@ -310,8 +310,7 @@ def _backward(
     dacts, dwrite, dgates, dsource, ddelta = _backend(impl).masked_apply_backward(
         dy, acts, write, masks, [need_acts or through_acts, need_write, need_gates, need_source, need_delta]
     )
-    empty = x.new_empty(0)
-    dx = dread = dweight = empty
+    dx = dread = dweight = None
     if through_acts and need_x:
         dx = dacts @ read.t()
     if through_acts and need_read:
@@ -320,13 +319,14 @@ def _backward(
         if need_x or need_weight:
             doriginal = _weighted_sum(delta, dy)
             if need_x:
-                dx = doriginal @ weight if dx.numel() == 0 else dx.addmm_(doriginal, weight)
+                dx = doriginal @ weight if dx is None else dx.addmm_(doriginal, weight)
             if need_weight:
                 dweight = doriginal.t() @ x
-        if need_delta:
+        if ddelta is not None:
             ddelta += (dy * (x @ weight.t())).sum(-1, dtype=ddelta.dtype)
-    dbias = dy.sum((0, 1)) if need_bias else empty
-    return dx, dread, dwrite, dacts if need_acts else empty, dgates, dsource, ddelta, dweight, dbias
+    dbias = dy.sum((0, 1)) if need_bias else None
+    grads = (dx, dread, dwrite, dacts if need_acts else None, dgates, dsource, ddelta, dweight, dbias)
+    return tuple(_dispatch.or_empty(t, x) for t in grads)
 
 
 def _weighted_sum(delta: Tensor, dy: Tensor) -> Tensor:
@@ -373,10 +373,13 @@ rank1_backward_op = _dispatch.register(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.stream, ctx.samples, ctx.sampling, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of acts: [M, C] zeros, written out
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 16
     *tensors, routing, seed, saved_acts = ctx.saved_tensors
     x, read, write, acts, gates, source, delta, weight, bias = tensors
     need = list(ctx.needs_input_grad[:9])

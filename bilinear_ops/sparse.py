@@ -60,7 +60,7 @@ def rank1_sparse(
         return reference.rank1_sparse(x, read, write, indices, gates, bias)
     tokens = x.shape[:-1].numel()
     y, _ = sparse_op(
-        x.reshape(tokens, x.shape[-1]), read, write, indices.reshape(tokens, k).long(), gates.reshape(tokens, k), bias,
+        x.reshape(tokens, x.shape[-1]), read, write, indices.reshape(tokens, k).long().contiguous(), gates.reshape(tokens, k), bias,
         impl,
     )  # fmt: skip
     return y.view(*x.shape[:-1], write.shape[1])
@@ -114,12 +114,13 @@ def _backward(
     """Gradients of x, read^T [C, d_in], write, gates and bias, each empty where nobody needs it."""
     need_x, need_read, need_write, need_gates, need_bias = need
     backend = _backend(impl)
-    dx = dread = dwrite = dgates = x.new_empty(0)
+    dx = dread = dwrite = dgates = None
     dy = dy.contiguous()
     if need_x or need_read or need_gates:
         dots = backend.sparse_dots(dy, write, indices)  # [M, k]
         wide = torch.promote_types(gates.dtype, torch.float32)
-        dgates = (dots.to(wide) * acts).to(gates.dtype) if need_gates else dgates
+        if need_gates:
+            dgates = (dots.to(wide) * acts).to(gates.dtype)
         dacts = (dots * gates).to(x.dtype)
         if need_x:
             dx = backend.sparse_sums(dacts, read.t().contiguous(), indices)
@@ -127,7 +128,8 @@ def _backward(
             dread = composite.sparse_outer(dacts, x, indices, read.shape[1])
     if need_write:
         dwrite = composite.sparse_outer((acts * gates).to(x.dtype), dy, indices, read.shape[1])
-    return dx, dread, dwrite, dgates, dy.sum(0) if need_bias else x.new_empty(0)
+    grads = (dx, dread, dwrite, dgates, dy.sum(0) if need_bias else None)
+    return tuple(_dispatch.or_empty(t, x) for t in grads)
 
 
 def _backward_fake(
@@ -160,10 +162,13 @@ sparse_backward_op = _dispatch.register(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
     x, read, write, indices, gates, bias, acts = ctx.saved_tensors
     need = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:6]]
     if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x

@@ -150,7 +150,7 @@ class MaskTile:
         return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
-# One pass over memory. With 4 warps the backward needs 232 registers a thread, which leaves few warps (compiled, sm_90).
+# One pass over memory. With 4 warps the backward needs 232 registers, which leaves few threads (compiled, sm_90).
 RANK1_MASK = MaskTile(16, 128, 8)
 RANK1_MASK_INTERPRETED = MaskTile(64, 64, 4)
 

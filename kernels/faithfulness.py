@@ -1,4 +1,4 @@
-"""The squared difference between a weight and its subcomponents: a GEMM whose epilogue reduces, so no residual is stored."""
+"""Kernel of the squared difference between a weight and its subcomponents: a GEMM that stores one number a tile."""
 
 import torch
 import triton

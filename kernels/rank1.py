@@ -13,7 +13,7 @@ from torch import Tensor
 from bilinear_ops.composite.rank1 import Masks
 from bilinear_ops.kernels import config
 from bilinear_ops.kernels import launch as via
-from bilinear_ops.kernels.tile import INTERPRET, load_tile, store_tile
+from bilinear_ops.kernels.tile import load_tile, store_tile
 from bilinear_ops.kernels.uniform import sample_state, uniform_tile
 from bilinear_ops.reference.rank1 import mask_site
 
@@ -61,9 +61,7 @@ def load_rows(ptr, stride, row, M, ROWS: tl.constexpr, other: tl.constexpr):
 
 
 @triton.jit
-def coefficient_tile(
-    mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS: tl.constexpr
-):
+def coefficient_tile(mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS: tl.constexpr):
     """mask - delta, 0 for tokens routed past the subcomponents."""
     if delta_ptr is not None:
         p_delta = delta_ptr + sample * stride_ds
@@ -197,11 +195,10 @@ def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: flo
 
 def masked_apply_backward(
     dy: Tensor, acts: Tensor, write: Tensor, masks: Masks, need: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From dy [S, M, d_out] the gradients of acts, write, gates, source and delta, each empty unless needed."""
+) -> tuple[Tensor | None, ...]:
+    """From dy [S, M, d_out] the gradients of acts, write, gates, source and delta, each None unless needed."""
     need_acts, need_write, need_gates, need_source, need_delta = need
     (m, c), s, period = acts.shape, masks.samples, masks.gates.shape[0]
-    empty = acts.new_empty(0)
     dy = dy.reshape(s * m, write.shape[1])
     dmasked = dy @ write.t()  # [S M, C]
     tile = config.rank1_mask(config.architecture(acts.device))
@@ -224,11 +221,11 @@ def masked_apply_backward(
                 ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(),
             )  # fmt: skip
     return (
-        empty if dacts is None else dacts,
-        dmasked.t() @ dy if need_write else empty,
-        empty if dgates is None else _gates_gradient(dgates, masks.gates),
-        empty if dsource is None or masks.source is None else _source_gradient(dsource, masks.source),
-        empty if ddelta is None or masks.delta is None else _at_least_fp32(ddelta.sum(0), masks.delta),
+        dacts,
+        dmasked.t() @ dy if need_write else None,
+        None if dgates is None else _gates_gradient(dgates, masks.gates),
+        None if dsource is None or masks.source is None else _source_gradient(dsource, masks.source),
+        None if ddelta is None or masks.delta is None else _at_least_fp32(ddelta.sum(0), masks.delta),
     )
 
 

@@ -59,7 +59,9 @@ def test_same_for_every_tile(shape, monkeypatch):
 
 @triton.jit
 def tile_at(seed_ptr, out_ptr, row, column):
-    u = kernels.uniform_tile(kernels.sample_state(seed_ptr, tl.cast(4, tl.int64), tl.cast(1, tl.int64)), row, column, 2, 4)
+    u = kernels.uniform_tile(
+        kernels.sample_state(seed_ptr, tl.cast(4, tl.int64), tl.cast(1, tl.int64)), row, column, 2, 4
+    )
     tl.store(out_ptr + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :], u)
 
 

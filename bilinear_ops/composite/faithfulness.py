@@ -24,24 +24,23 @@ def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
 
 def squared_difference_backward(
     scale: Tensor, weight: Tensor, read: Tensor, write: Tensor, need: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scale/2 sum (W - (R L)^T)^2 in weight, read and write, each empty unless needed."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of scale/2 sum (W - (R L)^T)^2 in weight, read and write, each None unless needed."""
     need_weight, need_read, need_write = need
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale, wide_read, wide_write = scale.to(wide), read.to(wide), write.to(wide)
-    empty = weight.new_empty(0)
-    dweight = weight.new_empty(weight.shape) if need_weight else empty
-    dread = wide_read.new_zeros(read.shape) if need_read else empty
-    dwrite = write.new_empty(write.shape) if need_write else empty
+    dweight = weight.new_empty(weight.shape) if need_weight else None
+    dread = wide_read.new_zeros(read.shape) if need_read else None
+    dwrite = write.new_empty(write.shape) if need_write else None
     for band, residual in _residuals(weight, wide_read, wide_write):
         residual *= scale
-        if need_weight:
+        if dweight is not None:
             dweight[band] = residual
-        if need_read:
+        if dread is not None:
             dread.addmm_(residual.t(), wide_write[:, band].t(), alpha=-1)
-        if need_write:
+        if dwrite is not None:
             dwrite[:, band] = (residual @ wide_read).t().neg_()
-    return dweight, dread.to(read.dtype), dwrite
+    return dweight, None if dread is None else dread.to(read.dtype), dwrite
 
 
 def _residuals(weight: Tensor, read: Tensor, write: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -49,44 +49,43 @@ def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: flo
 
 def masked_apply_backward(
     dy: Tensor, acts: Tensor, write: Tensor, masks: Masks, need: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From dy [S, M, d_out] the gradients of acts, write, gates, source and delta, each empty unless needed.
+) -> tuple[Tensor | None, ...]:
+    """From dy [S, M, d_out] the gradients of acts, write, gates, source and delta, each None unless needed.
 
     The masks are drawn again, and each slab's gradient of the masked activations is overwritten by the masked
     activations themselves once it is used up.
     """
     need_acts, need_write, need_gates, need_source, need_delta = need
     wide = torch.promote_types(acts.dtype, torch.float32)
-    empty = acts.new_empty(0)
-    dacts = acts.new_empty(acts.shape) if need_acts else empty
-    dwrite = write.new_zeros(write.shape, dtype=wide) if need_write else empty
-    dgates = _wide_zeros(masks.gates, wide) if need_gates else empty
-    dsource = _wide_zeros(masks.source, wide) if need_source and masks.source is not None else empty
-    ddelta = _wide_zeros(masks.delta, wide) if need_delta and masks.delta is not None else empty
+    dacts = acts.new_empty(acts.shape) if need_acts else None
+    dwrite = write.new_zeros(write.shape, dtype=wide) if need_write else None
+    dgates = _wide_zeros(masks.gates, wide) if need_gates else None
+    dsource = _wide_zeros(masks.source, wide) if need_source and masks.source is not None else None
+    ddelta = _wide_zeros(masks.delta, wide) if need_delta and masks.delta is not None else None
     for slab in _slabs(acts, masks):
-        dslab = acts.new_zeros(slab.stop - slab.start, acts.shape[1], dtype=wide) if need_acts else empty
+        dslab = acts.new_zeros(slab.stop - slab.start, acts.shape[1], dtype=wide) if need_acts else None
         for sample in range(masks.samples):
             buffer = dy[sample, slab] @ write.t()  # [slab, C]
             for rows, g, r in _blocks(masks, sample, slab, acts.shape[1]):
                 here = _within(rows, slab)
                 coefficient = _coefficient(masks, sample, rows, g, r)
                 dmasked = buffer[here].to(wide)
-                if need_acts:
+                if dslab is not None:
                     dslab[here].addcmul_(dmasked, coefficient.to(wide))
                 dmask = _routed(dmasked * acts[rows], masks, rows)
-                if need_gates:
+                if dgates is not None:
                     _add_rows(dgates, rows, dmask if r is None else dmask * (1 - _draw(r, masks)))
-                if need_source and masks.source is not None:
+                if dsource is not None:
                     _add_rows(dsource[sample % len(dsource)], rows, dmask * (1 - g))
-                if need_delta:
+                if ddelta is not None:
                     ddelta[sample, rows] -= dmask.sum(1)
                 if need_write:
                     torch.mul(acts[rows], coefficient, out=buffer[here])
-            if need_write:
+            if dwrite is not None:
                 _add_product(dwrite, buffer.t(), dy[sample, slab])
-        if need_acts:
+        if dacts is not None and dslab is not None:
             dacts[slab] = dslab
-    return dacts, dwrite.to(acts.dtype), dgates, dsource, ddelta
+    return dacts, None if dwrite is None else dwrite.to(acts.dtype), dgates, dsource, ddelta
 
 
 def _slabs(acts: Tensor, masks: Masks) -> Iterator[slice]:
@@ -101,11 +100,10 @@ def _slabs(acts: Tensor, masks: Masks) -> Iterator[slice]:
 
 def _blocks(masks: Masks, sample: int, slab: slice, columns: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(token slice, gates, random numbers or source) for blocks small enough for the cache."""
+    blocks: Iterator[tuple[slice, Tensor | None]] = _source_blocks(masks.source, sample, slab, columns)
     if masks.seed is not None:
         state = sample_states(masks.seed, mask_site(masks.stream), masks.samples)[sample]
-        blocks = uniform_blocks(state, slab.start, slab.stop, columns)
-    else:
-        blocks = _source_blocks(masks.source, sample, slab, columns)
+        blocks = iter(uniform_blocks(state, slab.start, slab.stop, columns))
     for rows, r in blocks:
         gates = _rows(masks.gates, rows)
         yield rows, gates.to(torch.promote_types(gates.dtype, torch.float32)), r

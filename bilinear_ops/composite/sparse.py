@@ -27,6 +27,8 @@ def sparse_dots(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
         return (x @ rows.t()).gather(1, indices)
     rows = rows.contiguous()
     dots = x.new_empty(tokens, k)
+    if k == 0:
+        return dots
     height = max(CHUNK // max(k * d, 1), 1)
     for first in range(0, tokens, height):
         chunk = slice(first, min(first + height, tokens))
