@@ -261,7 +261,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, w, v, p, b_w, b_v, b_p, beta, az)
 
 
-def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:  # y was not used
+        return (None,) * 11
     x, w, v, p, b_w, b_v, b_p, beta, az = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:8])
     if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x

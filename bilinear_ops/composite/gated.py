@@ -5,12 +5,16 @@ Same two functions, same signatures, as `bilinear_ops.kernels.gated`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from bilinear_ops.reference.gated import activate
 
 aten = torch.ops.aten
+
+CACHED_BYTES = 1 << 18  # of each matrix in a block of rows
 
 
 def gate_forward(
@@ -43,7 +47,10 @@ def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Ten
 def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
     """hid = a * act(z)  [M, h]."""
     a, z = az.chunk(2, 1)
-    return a * z if activation == "identity" else _activate(z, beta, activation).mul_(a)
+    hid = torch.empty_like(a, memory_format=torch.contiguous_format)
+    for b_hid, b_a, b_z in _row_blocks(hid, a, z):
+        torch.mul(b_a, _activate(b_z, beta, activation), out=b_hid)
+    return hid
 
 
 def gate_backward(
@@ -58,12 +65,35 @@ def gate_backward(
     """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself."""
     a, z = az.chunk(2, 1)
     dhid = dy if p is None else dy @ p
+    hid = dhid if p is not None else torch.empty_like(a)  # a block of dhid is read before its block of hid is written
     dadz = torch.empty_like(az)
-    da, dz = dadz.chunk(2, 1)
-    act = _activate(z, beta, activation)  # [M, h]
-    torch.mul(dhid, act, out=da)
-    torch.mul(dhid, a, out=dz)  # the gradient of act(z), turned into that of z in place
-    dbeta = _beta_gradient(dz, z, beta) if need_beta and beta is not None else None
+    dbetas = []
+    for b_dhid, b_a, b_z, b_da, b_dz, b_hid in _row_blocks(dhid, a, z, *dadz.chunk(2, 1), hid):
+        b_act = _activate(b_z, beta, activation)
+        torch.mul(b_dhid, b_act, out=b_da)
+        torch.mul(b_dhid, b_a, out=b_dz)  # the gradient of act(z), turned into that of z in place
+        if need_beta and beta is not None:
+            dbetas.append(_beta_gradient(b_dz, b_z, beta))
+        _activation_backward_(b_dz, b_z, b_act, beta, activation)
+        if need_hid:
+            torch.mul(b_a, b_act, out=b_hid)
+    return dadz, hid if need_hid else None, torch.stack(dbetas).sum() if dbetas else None
+
+
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The matrices in blocks of rows; on CPU blocks that stay in cache from one elementwise pass to the next."""
+    first = tensors[0]
+    row_bytes = max(first.shape[1] * first.itemsize, 1)
+    rows = max(CACHED_BYTES // row_bytes, 1) if first.device.type == "cpu" else max(first.shape[0], 1)
+    return zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+def _activate(z: Tensor, beta: Tensor | None, activation: str) -> Tensor:
+    return activate(z, activation, 1.0 if beta is None else beta)
+
+
+def _activation_backward_(dz: Tensor, z: Tensor, act: Tensor, beta: Tensor | None, activation: str) -> None:
+    """Multiply dz by act'(z) in place, through PyTorch's own fused backwards."""
     if activation == "silu":
         aten.silu_backward(dz, z, grad_input=dz)
     elif activation == "swish":
@@ -75,16 +105,10 @@ def gate_backward(
         aten.threshold_backward(dz, z, 0, grad_input=dz)
     elif activation in ("gelu", "gelu_tanh"):
         aten.gelu_backward(dz, z, approximate="tanh" if activation == "gelu_tanh" else "none", grad_input=dz)
-    hid = None if not need_hid else a * z if activation == "identity" else act.mul_(a)
-    return dadz, hid, dbeta
-
-
-def _activate(z: Tensor, beta: Tensor | None, activation: str) -> Tensor:
-    return activate(z, activation, 1.0 if beta is None else beta)
 
 
 def _beta_gradient(dact: Tensor, z: Tensor, beta: Tensor) -> Tensor:
     """sum dact * d act / d beta = sum dact * z^2 s (1 - s), s = sigmoid(beta z), in fp32 or better."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     s = torch.sigmoid(beta * z)
-    return (s.mul_(1 - s).mul_(z).mul_(z).mul_(dact)).sum()
+    return s.mul_(1 - s).mul_(z).mul_(z).mul_(dact).sum()

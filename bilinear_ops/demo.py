@@ -1,0 +1,181 @@
+"""The package at work on real data: a bilinear classifier of handwritten digits, trained, checked and timed.
+
+    python -m bilinear_ops demo
+
+The data are the 1797 8x8 images that ship inside scikit-learn; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilinear_ops import environment, reference
+from bilinear_ops.nn import GatedMLP
+
+SEED = 0
+HIDDEN = 64
+EPOCHS = 30
+BATCH = 64
+NOISE = 0.2  # of the inputs while training: a regulariser that makes the eigenvectors legible ([P] 4.1)
+TEST_IMAGES = 360
+ACCURACY = 0.95  # what the trained classifier must reach
+
+
+class Digits(NamedTuple):
+    """Images `[N, 64]`, pixels in 0..1, and labels `[N]`; split at random, the same way every time."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+class Error(NamedTuple):
+    """Largest distance to the reference in float64, relative to the largest value there: ours and eager PyTorch's."""
+
+    ours: float
+    eager: float
+
+    @property
+    def passes(self) -> bool:
+        return self.ours <= 2 * self.eager + torch.finfo(torch.float32).eps
+
+
+def run(device: str | None = None, epochs: int = EPOCHS) -> int:
+    """Train, check and time, printing what happens; returns 0 where accuracy and check pass, else 1."""
+    try:
+        data = load_digits(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except ModuleNotFoundError:
+        print('The demo needs scikit-learn: pip install "bilinear-ops[demo]"')
+        return 1
+    impl, why = environment.choice(data.train_x.device)
+    n = len(data.train_x)
+    print(f"Training a bilinear classifier on {n} handwritten digits: 64 pixels -> {HIDDEN} hidden -> 10 classes")
+    model = train(data, epochs)
+    reached = accuracy(model, data.test_x, data.test_y)
+    print(f"Test accuracy: {reached:.2%} on {len(data.test_x)} images the training never saw (needs {ACCURACY:.0%})")
+
+    print("\nThe trained layer against the reference in float64, largest relative error:")
+    errors = check(model, data.test_x)
+    for name, error in errors.items():
+        verdict = "ok" if error.passes else "WRONG"
+        print(f"  {name:<12}  ours {error.ours:.1e}  eager float32 {error.eager:.1e}  {verdict}")
+
+    print(
+        "\nOne training step, forward and backward, medians of interleaved runs (a small layer times the call itself):"
+    )
+    large = GatedMLP(512, 2048, device=data.train_x.device)
+    for name, layer, x in (
+        ("the trained layer", model, data.train_x),
+        ("512 -> 2048 -> 512", large, _normal(256, 512)),
+    ):
+        ours, eager = step_times(layer, x.to(data.train_x.device))
+        times = f"ours {1e3 * ours:.2f} ms  eager {1e3 * eager:.2f} ms  eager / ours {eager / ours:.2f}"
+        print(f"  {name}, {len(x)} rows: {times}")
+
+    where = environment.devices().get(str(data.train_x.device), str(data.train_x.device))
+    ran = "The Triton kernels did the work" if impl == "triton" else "PyTorch did the work and no Triton kernel ran"
+    print(f"\nWhat ran where: everything on {data.train_x.device} ({where}). {ran} ({why}).")
+    failed = [f"{name} differs from the reference" for name, error in errors.items() if not error.passes]
+    if reached < ACCURACY:
+        failed.append(f"accuracy {reached:.2%} is below {ACCURACY:.0%}")
+    print(f"FAILED: {'; '.join(failed)}" if failed else "Everything passed.")
+    return bool(failed)
+
+
+def load_digits(device: torch.device | str = "cpu") -> Digits:
+    """The digits of scikit-learn. Raises ModuleNotFoundError without it."""
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
+    x = torch.from_numpy(images).float()[order].to(device) / 16
+    y = torch.from_numpy(labels)[order].to(device)
+    return Digits(x[:-TEST_IMAGES], y[:-TEST_IMAGES], x[-TEST_IMAGES:], y[-TEST_IMAGES:])
+
+
+def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
+    """A trained bilinear classifier: logits = ((x w^T) * (x v^T)) p^T, the same for the same data and epochs."""
+    x, y = data.train_x, data.train_y
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = GatedMLP(x.shape[1], HIDDEN, 10).to(x.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
+        for epoch in range(1, epochs + 1):
+            for batch in torch.randperm(len(x)).split(BATCH):
+                batch = batch.to(x.device)
+                loss = F.cross_entropy(model(x[batch] + NOISE * torch.randn_like(x[batch])), y[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+            if epoch % 5 == 0 or epoch == epochs:
+                print(
+                    f"  epoch {epoch:>2}/{epochs}  loss {loss.item():.3f}  accuracy {accuracy(model, x, y):.2%}",
+                    flush=True,
+                )
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    """The fraction of images whose largest logit is their label's."""
+    return (model(x).argmax(1) == y).float().mean().item()
+
+
+def check(model: GatedMLP, x: Tensor) -> dict[str, Error]:
+    """Errors of the layer's output and gradients on `x`, by name."""
+    tensors = [x.detach().requires_grad_(), model.w, model.v, model.p]
+    dy = _normal(len(x), model.p.shape[0]).to(x.device)
+    ours = _step(lambda x, *_: model(x), tensors, dy)
+    copies = [t.detach().requires_grad_() for t in tensors]  # what is wrong with the layer's own must not reach these
+    eager = _step(reference.gated_mlp, copies, dy)
+    gold = _step(reference.gated_mlp, [t.detach().double().requires_grad_() for t in copies], dy.double())
+    names = ("output", "gradient x", "gradient w", "gradient v", "gradient p")
+    return {
+        name: Error(*((t.double() - g).abs().max().item() / g.abs().max().item() for t in (a, b)))
+        for name, a, b, g in zip(names, ours, eager, gold, strict=True)
+    }
+
+
+def _step(fn: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """fn(*tensors) and the gradient of each tensor."""
+    y = fn(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
+
+
+def step_times(model: GatedMLP, x: Tensor, repeats: int = 9) -> tuple[float, float]:
+    """Median seconds of a forward and backward through the layer and through eager PyTorch, interleaved."""
+    tensors = [x.detach().requires_grad_(), model.w, model.v, model.p]
+    dy = torch.ones(len(x), model.p.shape[0], device=x.device)
+    steps = (lambda: _step(lambda x, *_: model(x), tensors, dy), lambda: _step(_eager, tensors, dy))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 2):  # the first two warm up
+        for step, taken in zip(steps, times, strict=True):
+            start = _now(x.device)
+            step()
+            taken.append(_now(x.device) - start)
+    ours, eager = (statistics.median(taken[2:]) for taken in times)
+    return ours, eager
+
+
+def _eager(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return F.linear(F.linear(x, w) * F.linear(x, v), p)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))

@@ -1,0 +1,115 @@
+"""What this machine has and what each op will run on it: the report of `python -m bilinear_ops`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilinear_ops
+from bilinear_ops import _dispatch
+
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "TRITON_CACHE_DIR",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_INTERPRET",
+)
+PREFIX = "BILINEAR_OPS_"  # variables of our own, reported where they are set
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, the implementation of each op on each device, environment variables, caches.
+
+    Only types that JSON has; a package or variable that is absent is None.
+    """
+    ours = sorted(name for name in os.environ if name.startswith(PREFIX))
+    return {
+        "versions": {
+            "bilinear_ops": bilinear_ops.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        },
+        "devices": devices(),
+        "implementations": {
+            name: {device: _choice_of(op, device) for device in devices()} for name, op in public_ops().items()
+        },
+        "environment": {name: os.environ.get(name) for name in (*VARIABLES, *ours)},
+        "caches": {"triton": str(_triton_cache())},
+    }
+
+
+def public_ops() -> dict[str, Callable[..., Any]]:
+    """The public functions of the package by name: an op is reported from the day it is exported."""
+    members = ((name, getattr(bilinear_ops, name)) for name in bilinear_ops.__all__)
+    return {name: member for name, member in members if inspect.isfunction(member)}
+
+
+def devices() -> dict[str, str]:
+    """The devices PyTorch sees, by name, each with a description."""
+    found = {"cpu": f"{platform.machine()}, PyTorch threads: {torch.get_num_threads()}"}
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            capability = f"compute capability {properties.major}.{properties.minor}"
+            arch = getattr(properties, "gcnArchName", None) or capability
+            found[f"cuda:{i}"] = f"{properties.name}, {arch}, {properties.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def choice(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The implementation that impl="auto" takes there, "triton" or "torch", and why."""
+    t = torch.empty(0, device=device, dtype=dtype)
+    if _dispatch.resolve("auto", t) == "triton":
+        return "triton", "the kernels run on this device"
+    return "torch", _dispatch.why_not_triton(t) or 'impl="triton" would interpret the kernels, slowly'
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report for people."""
+    reasons: dict[str, int] = {}
+    rows = [["", *found["devices"]]]
+    for op, per_device in found["implementations"].items():
+        cells = (f"{c['impl']} [{reasons.setdefault(c['why'], len(reasons) + 1)}]" for c in per_device.values())
+        rows.append([op, *cells])
+    sections = {
+        "versions": [[k, v or "not installed"] for k, v in found["versions"].items()],
+        "devices": [[k, v] for k, v in found["devices"].items()],
+        'ops: what impl="auto" runs on float32, bfloat16 and float16 (float64 is always torch)': rows,
+        "because": [[f"[{n}]", why] for why, n in reasons.items()],
+        "environment": [[k, "not set" if v is None else v] for k, v in found["environment"].items()],
+        "caches": [[k, v] for k, v in found["caches"].items()],
+    }
+    return "\n\n".join("\n".join([title, *_columns(rows)]) for title, rows in sections.items())
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _choice_of(op: Callable[..., Any], device: str) -> dict[str, str]:
+    if "impl" not in inspect.signature(op).parameters:
+        return {"impl": "torch", "why": "the op has no kernel of its own"}
+    impl, why = choice(device)
+    return {"impl": impl, "why": why}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _triton_cache() -> Path:
+    home = Path(os.environ.get("TRITON_HOME", Path.home()))
+    return Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton" / "cache"))

@@ -1,0 +1,53 @@
+"""The README keeps its word: its example runs, its commands exist, its tables name what the package exports."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import bilinear_ops
+from bilinear_ops import environment
+
+ROOT = Path(bilinear_ops.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_example_runs():
+    (example,) = blocks("python")
+    assert len(example.splitlines()) <= 12
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["y"].shape == (8, 128, 512)
+    assert names["layer"].p.grad.isfinite().all()
+
+
+def test_every_op_has_its_row():
+    rows = re.findall(r"^\| `(\w+)\(([^)]*)\)`", README, re.M)
+    assert {name for name, _ in rows} == set(environment.public_ops())
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    first, by_hand = blocks("sh")
+    for verb in re.findall(r"^make (\w+)", first, re.M):
+        assert re.search(rf"^{verb}: .venv/installed$", makefile, re.M), verb
+    install = re.search(r"^pip (install .*)$", by_hand, re.M).group(1)
+    assert install in makefile, "make installs as the README does"
+    assert install.replace("install", "install --quiet", 1) in (ROOT / ".ci" / "run").read_text()
+    for command in re.findall(r"^python -m (.*)$", by_hand, re.M):
+        assert f"/python -m {command}\n" in makefile
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text()
+    paths = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(
+        r"`((?:bilinear_ops|kernels|tests)/[\w/.]*)`", text
+    )
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
