@@ -158,3 +158,28 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
     """What an op returns where nobody needs a result: a tensor always, no two of them the same."""
     return like.new_empty(0) if t is None else t
+
+
+def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give an op its derivative; `backward` and `setup_context` as in `torch.library.register_autograd`.
+
+    That function walks the schema on every call, which costs a small layer more than its arithmetic.
+    """
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op(*args)
+            setup_context(ctx, args, out)
+            return out
+
+    Formula.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return Formula.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(op._schema.name, autograd, "Autograd")

@@ -291,4 +291,4 @@ def _differentiable_gradients(
     return [next(found) if needed else None for needed in need]
 
 
-torch.library.register_autograd("bilinear_ops::gated", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY)
+_dispatch.register_autograd(gated_op, _autograd, _setup_context)

@@ -132,6 +132,4 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if n else None for g, n in zip(grads, need, strict=True)), None
 
 
-torch.library.register_autograd(
-    "bilinear_ops::squared_difference", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
-)
+_dispatch.register_autograd(squared_difference_op, _autograd, _setup_context)

@@ -5,7 +5,7 @@ Same two functions, same signatures, as `bilinear_ops.kernels.gated`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ def gate_forward(
 
 def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Tensor | None) -> Tensor:
     """[a | z] = [x w^T + b_w | x v^T + b_v]  [M, 2h]: two library GEMMs into one buffer; no weight is copied."""
-    az = x.new_empty(x.shape[0], 2 * w.shape[0])
-    for out, weight, bias in zip(az.chunk(2, 1), (w, v), (b_w, b_v), strict=True):
+    h = w.shape[0]
+    az = x.new_empty(x.shape[0], 2 * h)
+    for out, weight, bias in ((az[:, :h], w, b_w), (az[:, h:], v, b_v)):
         if bias is None:
             torch.mm(x, weight.t(), out=out)
         else:
@@ -47,7 +48,7 @@ def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Ten
 def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
     """hid = a * act(z)  [M, h]."""
     a, z = az.chunk(2, 1)
-    hid = torch.empty_like(a, memory_format=torch.contiguous_format)
+    hid = az.new_empty(a.shape)
     for b_hid, b_a, b_z in _row_blocks(hid, a, z):
         torch.mul(b_a, _activate(b_z, beta, activation), out=b_hid)
     return hid
@@ -65,7 +66,7 @@ def gate_backward(
     """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself."""
     a, z = az.chunk(2, 1)
     dhid = dy if p is None else dy @ p
-    hid = dhid if p is not None else torch.empty_like(a)  # a block of dhid is read before its block of hid is written
+    hid = dhid if p is not None else az.new_empty(a.shape)  # a block of dhid is read before its block of hid is written
     dadz = torch.empty_like(az)
     dbetas = []
     for b_dhid, b_a, b_z, b_da, b_dz, b_hid in _row_blocks(dhid, a, z, *dadz.chunk(2, 1), hid):
@@ -80,11 +81,12 @@ def gate_backward(
     return dadz, hid if need_hid else None, torch.stack(dbetas).sum() if dbetas else None
 
 
-def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The matrices in blocks of rows; on CPU blocks that stay in cache from one elementwise pass to the next."""
-    first = tensors[0]
-    row_bytes = max(first.shape[1] * first.itemsize, 1)
-    rows = max(CACHED_BYTES // row_bytes, 1) if first.device.type == "cpu" else max(first.shape[0], 1)
+    m, h = tensors[0].shape
+    rows = max(CACHED_BYTES // max(h * tensors[0].itemsize, 1), 1)
+    if m <= rows or tensors[0].device.type != "cpu":
+        return (tensors,)
     return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
