@@ -63,7 +63,7 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
     print(f"Test accuracy: {reached:.2%} on {len(data.test_x)} images the training never saw (needs {ACCURACY:.0%})")
 
     print("\nThe trained layer against the reference in float64, largest relative error:")
-    errors = check(model, data.test_x)
+    errors = check(model, data.train_x)  # enough rows for the op itself: smaller calls are left to eager PyTorch
     for name, error in errors.items():
         verdict = "ok" if error.passes else "WRONG"
         print(f"  {name:<12}  ours {error.ours:.1e}  eager float32 {error.eager:.1e}  {verdict}")

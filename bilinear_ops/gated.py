@@ -11,6 +11,8 @@ from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.reference.gated import ACTIVATIONS
 
+SMALL_ON_CPU = 1 << 22  # tokens x d x h up to which eager PyTorch is faster than a call of the op; measured
+
 
 def gated_bilinear(
     x: Tensor,
@@ -32,7 +34,8 @@ def gated_bilinear(
         activation: identity, silu, swish, sigmoid, relu, gelu (erf) or gelu_tanh.
         beta: slope of swish, z sigmoid(beta z): a float or a 0-dim tensor on x's device, which gets a gradient.
             No value of it recompiles a compiled caller. swish at beta 0 is z / 2, not z.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "triton" or "torch"; "auto" leaves layers so small that a call costs more than they do to eager
+            PyTorch on CPU.
 
     Returns:
         `[..., h]`, contiguous, in x's dtype.
@@ -103,8 +106,9 @@ def _gated(
         b_p=(b_p, "? o"),
     )
     beta = _check_beta(beta, activation, x)
+    small = impl == "auto" and not recompute and _is_small(x, w)
     impl = _dispatch.resolve(impl, x)
-    if _dispatch.needs_reference():
+    if small or _dispatch.needs_reference():
         if p is None:
             return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
         return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
@@ -113,6 +117,11 @@ def _gated(
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     y, _ = gated_op(rows, *tensors[:-1], _beta_tensor(beta, activation, x), activation, save, impl)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _is_small(x: Tensor, w: Tensor) -> bool:
+    """Whether a call of the op would cost more on CPU than its arithmetic, so that eager PyTorch is faster."""
+    return x.device.type == "cpu" and x.numel() * w.shape[0] <= SMALL_ON_CPU and not torch.compiler.is_compiling()
 
 
 def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Tensor:
@@ -195,9 +204,12 @@ def _backward(
     h = w.shape[0]
     if az.numel() == 0:
         az = composite.preactivations(x, w, v, b_w, b_v)
-    dx = dwv = dp = db = db_p = dbeta = hid = None
+    dx = dwv = dp = db = db_p = dbeta = None
     if need_x or need_w or need_v or need_bw or need_bv or need_beta:
         dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
+        if hid is not None:
+            dp = dy.t() @ hid
+            hid = None  # before the other gradients are allocated
         if need_x:
             dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
         if need_w or need_v:
@@ -207,9 +219,7 @@ def _backward(
         if dbeta is not None and beta is not None:
             dbeta = dbeta.to(beta.dtype)
     elif need_p:
-        hid = backend.gate(az, beta, activation)
-    if hid is not None:
-        dp = dy.t() @ hid
+        dp = dy.t() @ backend.gate(az, beta, activation)
     if need_bp:
         db_p = dy.sum(0)
     return tuple(_or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))

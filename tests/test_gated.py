@@ -226,7 +226,8 @@ def test_weights_are_not_copied(kind):
     elif kind != "contiguous":
         w, v, p = (testing.layout(t, kind) for t in (w, v, p))
     x.requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         bo.gated_mlp(x, w, v, p, activation="silu").sum().backward()
     largest = max(e.self_cpu_memory_usage for e in profile.events())
     assert 0 < largest < n * n * w.itemsize
@@ -239,3 +240,18 @@ def test_packed_weights_get_one_gradient():
     bo.gated_mlp(x, half_w, half_v, p, activation="silu").sum().backward()
     _, _, dw, dv, _ = testing.gradients(mlp(bo.reference, "silu"), [x, w, v, p], torch.ones(9, 4))
     torch.testing.assert_close(packed.grad, torch.cat([dv, dw]), rtol=1e-5, atol=1e-5)
+
+
+def test_small_layers_on_cpu_are_eager(monkeypatch):
+    """Where a call costs more than the arithmetic; never under recompute, an explicit impl, or above the bound."""
+    tensors = inputs(9, 8, 12, 4)
+    calls = []
+    op = bo.gated.gated_op
+    monkeypatch.setattr(bo.gated, "gated_op", lambda *args: calls.append(1) or op(*args))
+    monkeypatch.setattr(bo.gated, "SMALL_ON_CPU", 9 * 8 * 12)
+    assert torch.equal(bo.gated_mlp(*tensors), bo.reference.gated_mlp(*tensors)) and not calls
+    bo.gated_mlp(*tensors, impl="torch")
+    bo.gated_mlp(*tensors, recompute=True)
+    monkeypatch.setattr(bo.gated, "SMALL_ON_CPU", 9 * 8 * 12 - 1)
+    bo.gated_mlp(*tensors)
+    assert len(calls) == 3

@@ -1,0 +1,114 @@
+"""Check every workload, then time it beside its baselines, on the machine this is started on.
+
+python -m bench [--only TEXT] [--quick] [--json]         this machine's GPU, else its CPU
+python -m bench --gpu --minutes 9 --out DIR              all that is worth knowing about a GPU, in bounded time
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import gpu, receipts
+from bench.measure import Result, check, measure
+from bench.workload import SIZES, workloads
+
+HEADER = f"{'workload':58} {'ours':>10} {'best baseline':>26} {'ratio':>6} {'eager':>6} {'memory':>6} {'noise':>6}"
+
+
+def row(result: Result) -> str:
+    """A line of the table: time, and how many times faster, and with what part of eager's memory."""
+    name = f"{result.workload!s:58}"
+    if "ours" not in result.timings:
+        return f"{name} {'FAILED: ' + result.failed['ours'] if 'ours' in result.failed else 'right, not timed'}"
+    ours = result.timings["ours"]
+    best = result.best
+    against = f"{best} {_duration(result.timings[best].median)}" if best else "none"
+    ratio = f"{result.ratio(best):.2f}" if best else "-"
+    eager = f"{result.ratio('eager'):.2f}" if "eager" in result.timings else "-"
+    memory = f"{result.memory['ours'] / result.memory['eager']:.2f}" if result.memory.get("eager") else "-"
+    noise = f"{ours.noise():.1%}"
+    return f"{name} {_duration(ours.median):>10} {against:>26} {ratio:>6} {eager:>6} {memory:>6} {noise:>6}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale or unit == "us":
+            return f"{seconds / scale:.3g} {unit}"
+    raise AssertionError
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure on one device, print the table, append receipts where asked: the number of workloads ours failed."""
+    device = torch.device(arguments.device)
+    path = receipts.results_file(device) if arguments.json == "" else Path(arguments.json or "")
+    print(f"{receipts.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)")
+    print("ratio, eager: how many times faster than the best baseline and than eager; memory: part of eager's peak\n")
+    print(HEADER)
+    failures = 0
+    for workload in workloads(device, arguments.size, arguments.impl, arguments.only):
+        result = (
+            check(workload, seed=0) if arguments.check else measure(workload, device, seed=0, seconds=arguments.seconds)
+        )
+        print(row(result), flush=True)
+        for name, reason in result.failed.items():
+            print(f"    {name}: {reason}")
+        failures += "ours" in result.failed
+        if arguments.json is not None:
+            receipts.append(receipts.receipt(result, device, "interpreted" if arguments.check else "measured"), path)
+    return failures
+
+
+def interpreted(arguments: argparse.Namespace) -> int:
+    """The kernels in Triton's interpreter, in a process of its own: checked only, its times say nothing."""
+    print("\nKernels in Triton's interpreter: correctness only", flush=True)
+    command = [sys.executable, "-m", "bench", "--device", "cpu", "--size", "tiny", "--impl", "triton", "--check"]
+    command += ["--only", arguments.only, "--threads", "1"]
+    command += [] if arguments.json is None else ["--json", arguments.json]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=receipts.ROOT).returncode
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    text = __doc__ or ""
+    parser = argparse.ArgumentParser("python -m bench", description=text, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name contains this")
+    parser.add_argument("--size", choices=SIZES, help="which shapes; full unless --quick")
+    parser.add_argument("--quick", action="store_true", help="a few minutes on a CPU, interpreted kernels checked too")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"), help="as in every op")
+    parser.add_argument("--threads", type=int, help="CPU threads; one for figures that a busy machine cannot bend")
+    parser.add_argument("--seconds", type=float, help="of timing, for each workload; 10, or 1 with --quick")
+    parser.add_argument("--check", action="store_true", help="check, time nothing")
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="append receipts (bench/results/<device>)")
+    parser.add_argument("--gpu", action="store_true", help="the bounded run of bench/gpu.py; --device cpu is a dry run")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of --gpu")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="of --gpu")
+    arguments = parser.parse_args(words)
+    if arguments.gpu and not arguments.device and not torch.cuda.is_available():
+        parser.error("--gpu needs a GPU that PyTorch sees, and there is none; --device cpu makes a tiny dry run")
+    arguments.size = arguments.size or ("quick" if arguments.quick else "full")
+    arguments.seconds = arguments.seconds or (1.0 if arguments.quick else 10.0)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return arguments
+
+
+def main(words: list[str] | None = None) -> int:
+    arguments = parse(words)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the processes that we start
+    if arguments.gpu:
+        return gpu.run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.only)
+    failures = run(arguments)
+    if arguments.quick and arguments.device == "cpu":
+        failures += interpreted(arguments)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

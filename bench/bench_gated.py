@@ -1,0 +1,195 @@
+"""The gated MLP, forward and as a training step, against what people run today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bilinear_ops as bo
+from bench.workload import Contender, Run, Tensors, Workload, compiled, draw, forward, has, has_compiler, training_step
+from bilinear_ops.composite import gated as composite
+from bilinear_ops.reference.gated import activate
+
+SHAPES = {  # (tokens, d, h)
+    ("cpu", "tiny"): [(32, 48, 64)],
+    ("cpu", "quick"): [(512, 256, 1024)],
+    ("cpu", "full"): [(2048, 512, 2048), (2048, 768, 3072)],
+    ("cuda", "tiny"): [(256, 128, 256)],
+    ("cuda", "quick"): [(4096, 512, 2048)],
+    ("cuda", "full"): [(16384, d, h) for d, h in ((512, 2048), (768, 3072), (1024, 4096), (2048, 5632), (4096, 11008))],
+}
+CASES = (("identity", 1.0), ("silu", 1.0), ("swish", 0.5))
+ALL_CASES = (*CASES, ("relu", 1.0), ("gelu", 1.0), ("sigmoid", 1.0), ("gelu_tanh", 1.0))
+
+
+def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
+    shapes = SHAPES[device.type, size]
+    for shape in shapes:
+        for activation, beta in ALL_CASES if size == "full" and shape == shapes[0] else CASES:
+            for backward in (False, True):
+                yield _mlp(device, size, impl, shape, activation, beta, backward)
+
+
+def _mlp(
+    device: torch.device,
+    size: str,
+    impl: str,
+    shape: tuple[int, int, int],
+    activation: str,
+    beta: float,
+    backward: bool,
+) -> Workload:
+    m, d, h = shape
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options: dict[str, Any] = {"activation": activation, "beta": beta}
+    timed = training_step if backward else forward
+
+    def ours(**more: Any) -> Contender:
+        return timed(lambda x, w, v, p: bo.gated_mlp(x, w, v, p, **options, **more, impl=impl))
+
+    def eager(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        return F.linear(F.linear(x, w) * activate(F.linear(x, v), activation, beta), p)
+
+    def packed(x: Tensor, vw: Tensor, p: Tensor) -> Tensor:
+        z, a = F.linear(x, vw).chunk(2, -1)
+        return F.linear(a * activate(z, activation, beta), p)
+
+    def timed_packed(fn: Callable[..., Tensor], pack: Callable[..., Tensors] = _pack) -> Contender:
+        return training_step(fn, pack, _unpack if pack is _pack else _unpack_rows) if backward else forward(fn, pack)
+
+    baselines = {"eager": timed(eager), "packed": timed_packed(packed)}
+    if has_compiler(device) and size == "full":
+        baselines["eager, compiled"] = timed(compiled(eager))
+        baselines["packed, compiled"] = timed_packed(compiled(packed))
+    if device.type == "cuda" and activation == "silu":
+        if has("liger_kernel"):
+            baselines["liger"] = timed(_liger)
+        if has("quack"):
+            baselines["quack"] = timed_packed(_quack, _pack_rows)
+
+    tensors = [((m, d), 1.0), ((h, d), d**-0.5), ((h, d), d**-0.5), ((d, h), h**-0.5)]  # x, w, v, p
+    moved = 2 * m * d + 3 * h * d
+    if backward:
+        tensors.append(((m, d), 1.0))  # dy
+        moved *= 2
+    return Workload(
+        op="gated_mlp",
+        case=f"{activation if beta == 1.0 else f'{activation}({beta})'}, {'step' if backward else 'forward'}",
+        shape={"m": m, "d": d, "h": h},
+        dtype=dtype,
+        inputs=draw(device, dtype, *tensors),
+        reference=timed(lambda x, w, v, p: bo.reference.gated_mlp(x, w, v, p, **options)),
+        ours=ours(),
+        baselines=baselines,
+        flops=(18 if backward else 6) * m * d * h,  # backward: two products for each of forward's three
+        bytes=moved * dtype.itemsize,
+        variants={"recompute": ours(recompute=True)} if backward else {},
+        bounds={"matmuls": _matmuls},
+    )
+
+
+def _pack(x: Tensor, w: Tensor, v: Tensor, *rest: Tensor) -> Tensors:
+    return x, torch.cat([v, w]), *rest
+
+
+def _unpack(dx: Tensor, dvw: Tensor, *rest: Tensor) -> Tensors:
+    dv, dw = dvw.chunk(2)
+    return dx, dw, dv, *rest
+
+
+def _liger(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return F.linear(LigerSiLUMulFunction.apply(F.linear(x, v), F.linear(x, w)), p)
+
+
+def _pack_rows(x: Tensor, w: Tensor, v: Tensor, *rest: Tensor) -> Tensors:
+    return x, torch.stack([v, w], 1).flatten(0, 1), *rest
+
+
+def _unpack_rows(dx: Tensor, dvw: Tensor, *rest: Tensor) -> Tensors:
+    return dx, dvw[1::2], dvw[::2], *rest
+
+
+def _quack(x: Tensor, vw: Tensor, p: Tensor) -> Tensor:
+    from quack.mlp import mlp_func
+
+    return mlp_func(x, vw, p, "swiglu")
+
+
+def _matmuls(x: Tensor, w: Tensor, v: Tensor, p: Tensor, *dy: Tensor) -> Run:
+    """The layer's products alone, as few and as large as the library can have them."""
+    weights = torch.cat([w, v])  # [2h, d]
+    az = torch.randn_like(x @ weights.t())  # [m, 2h], in place of [a | z] and [da | dz]
+    hid = az[:, : w.shape[0]].contiguous()  # [m, h]
+
+    def run() -> Tensors:
+        with torch.no_grad():
+            torch.mm(x, weights.t())
+            torch.mm(hid, p.t())
+            for g in dy:
+                torch.mm(g, p)
+                torch.mm(g.t(), hid)
+                torch.mm(az.t(), x)
+                torch.mm(az, weights)
+        return ()
+
+    return run
+
+
+# (block_m, block_n, block_k, warps, stages, group_m, blocks_per_sm)
+FORWARD_TILES = (
+    (128, 128, 64, 8, 3, 8, 1),
+    (128, 128, 64, 8, 3, 16, 1),
+    (128, 64, 64, 4, 3, 8, 2),
+    (128, 64, 64, 8, 4, 8, 1),
+    (64, 128, 64, 4, 3, 8, 1),
+    (128, 128, 32, 8, 5, 8, 1),
+)
+BACKWARD_TILES = (
+    (128, 128, 64, 8, 3, 8, 1),
+    (128, 128, 64, 8, 4, 8, 1),
+    (128, 128, 64, 4, 3, 8, 1),
+    (128, 256, 64, 8, 3, 8, 1),
+    (128, 64, 64, 4, 3, 8, 2),
+    (256, 128, 64, 8, 3, 8, 1),
+)
+
+
+def tilings(device: torch.device, size: str) -> Iterator[Workload]:
+    """The two fused kernels at the table's tile, at others, and as library GEMMs around the gate kernel."""
+    if device.type != "cuda":
+        return
+    from bilinear_ops.kernels import gated
+    from bilinear_ops.kernels.config import Tile
+
+    def forward_through(backend: ModuleType, *tiles: object) -> Contender:
+        return lambda x, w, v: lambda: backend.gate_forward(x, w, v, None, None, None, "silu", True, *tiles)
+
+    def backward_through(backend: ModuleType, *tiles: object) -> Contender:
+        return lambda dy, p, az: lambda: backend.gate_backward(dy, p, az, None, "silu", True, False, False, *tiles)[:2]
+
+    for m, d, h in SHAPES[device.type, size]:
+        x, weight, az, p = ((m, d), 1.0), ((h, d), d**-0.5), ((m, 2 * h), 1.0), ((d, h), h**-0.5)
+        for op, through, tensors, tiles, flops, moved in (
+            ("gate_forward", forward_through, (x, weight, weight), FORWARD_TILES, 4, m * d + 2 * h * d + 3 * m * h),
+            ("gate_backward", backward_through, (x, p, az), BACKWARD_TILES, 2, m * d + h * d + 5 * m * h),
+        ):
+            yield Workload(
+                op=op,
+                case="silu, tiles",
+                shape={"m": m, "d": d, "h": h},
+                dtype=torch.bfloat16,
+                inputs=draw(device, torch.bfloat16, *tensors),
+                reference=through(composite),
+                ours=through(gated),
+                baselines={"library": through(gated, ())},
+                flops=flops * m * d * h,
+                bytes=2 * moved,
+                variants={"x".join(map(str, tile)): through(gated, (Tile(*tile),)) for tile in tiles},
+            )

@@ -1,0 +1,199 @@
+"""The benches run, refuse to time what is wrong, and the report says what the receipts say and no more."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilinear_ops as bo
+from bench import gpu, receipts, report
+from bench.__main__ import main
+from bench.measure import measure
+from bench.timing import Timing, peak_memory
+from bench.worker import Worker
+from bench.workload import Workload, training_step, workloads
+
+CPU = torch.device("cpu")
+ONLY = "[silu, step]"
+WORDS = ["--device", "cpu", "--size", "tiny", "--only", ONLY, "--seconds", "0.01"]
+
+
+@pytest.fixture
+def workload() -> Workload:
+    (found,) = workloads(CPU, "tiny", only=ONLY)
+    return found
+
+
+def test_table_and_receipts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cpu.jsonl"
+    assert main([*WORDS, "--json", str(path)]) == 0
+    assert main([*WORDS, "--json", str(path), "--impl", "triton", "--check"]) == 0
+    table = capsys.readouterr().out
+    assert ONLY in table and "right, not timed" in table
+    measured, interpreted = receipts.load(path)
+    assert (measured["kind"], interpreted["kind"]) == ("measured", "interpreted")
+    assert measured["tree"] == receipts.tree_hash()
+    assert measured["p20"] <= measured["p50"] <= measured["p80"]
+    assert set(measured["baselines"]) == {"eager", "packed"} and measured["best_baseline"] in measured["baselines"]
+    assert measured["peak_memory"] > 0 and measured["ratio"] > 0
+    assert "p50" not in interpreted and not interpreted["baselines"]
+
+
+def test_wrong_results_are_not_timed(workload: Workload) -> None:
+    wrong = dataclasses.replace(
+        workload, ours=training_step(lambda x, w, v, p: bo.gated_mlp(x, v, w, p, activation="silu"))
+    )
+    found = measure(wrong, CPU, seed=0, seconds=0)
+    assert "result 0" in found.failed["ours"] and not found.timings
+
+
+def test_unwritten_results_are_found(workload: Workload) -> None:
+    lazy = dataclasses.replace(workload, ours=lambda *inputs: lambda: tuple(map(torch.empty_like, inputs)))
+    assert "not finite" in measure(lazy, CPU, seed=0, seconds=0).failed["ours"]
+
+
+def test_a_failing_baseline_is_reported_and_left_out(workload: Workload) -> None:
+    def broken(*inputs: object) -> None:
+        raise RuntimeError("no such device")
+
+    found = measure(dataclasses.replace(workload, baselines={**workload.baselines, "peer": broken}), CPU, 0, 0)
+    assert found.failed == {"peer": "RuntimeError: no such device"}
+    assert {"ours", "eager", "packed"} <= set(found.timings)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    fast, slow = Timing((1.0, 9.0, 1.0)), Timing((2.0, 18.0, 2.0))
+    assert slow.ratio(fast) == 2.0
+    assert (slow.quantile(2), slow.median) == (2.0, 2.0)
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def run() -> tuple[torch.Tensor, ...]:
+        first = torch.ones(1000)
+        second = first + first
+        del first
+        return (second + 1,)
+
+    assert 2 * 4000 <= peak_memory(run, CPU) < 2 * 4000 + 100  # scalars count too
+
+
+def _receipt(**changes: object) -> dict[str, object]:
+    timing = {"p20": 0.9e-3, "p50": 1e-3, "p80": 1.1e-3}
+    return {
+        "schema": receipts.SCHEMA,
+        "kind": "measured",
+        "op": "op",
+        "case": "case",
+        "shape": {"m": 2},
+        "dtype": "float32",
+        "device": "Device",
+        "torch": "2",
+        "triton": "3",
+        "tree": "now",
+        "commit": "c",
+        "date": "2026-01-01T00:00:00Z",
+        "clock": "clock",
+        **timing,
+        "flops": 10,
+        "bytes": 10,
+        "peak_memory": 50,
+        "best_baseline": "eager",
+        "ratio": 1.5,
+        "baselines": {"eager": {**timing, "ratio": 1.5, "peak_memory": 100}},
+        "variants": {},
+        "bounds": {},
+        "failed": {},
+        **changes,
+    }
+
+
+def _written(folder: Path, *found: dict[str, object]) -> Path:
+    (folder / "device.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    return folder
+
+
+def test_report_takes_the_latest_and_marks_the_stale(tmp_path: Path) -> None:
+    later = _receipt(date="2026-02-01T00:00:00Z", ratio=1.7)
+    other = _receipt(case="other", tree="then")
+    found = report.latest(_written(tmp_path, later, _receipt(), other))
+    text = report.tables(found, "now")
+    assert "| `op` | case | m 2, float32 | 1 ms | eager | 1.70 | 1.50 | 0.50 |" in text
+    assert f"other {report.STALE}" in text and "1.50 | 1.50" in text and f"case {report.STALE}" not in text
+
+
+def test_report_keeps_kinds_apart(tmp_path: Path) -> None:
+    interpreted = _receipt(kind="interpreted", clock="not timed", p50=None)
+    found = report.latest(_written(tmp_path, interpreted, _receipt(kind="modelled"), _receipt()))
+    measured, checked, modelled = report.tables(found, "now").split("\n\n**")
+    assert measured.startswith("**Measured** on Device") and "1 ms" in measured
+    assert checked.startswith("Interpreted") and "1 ms" not in checked and "never timed" in checked
+    assert modelled.startswith("Modelled")
+    assert all("modelled" not in svg for svg in report.plots(found))
+
+
+@pytest.mark.parametrize("change", [{"schema": 99}, {"schema": None}, {"kind": "guessed"}])
+def test_report_refuses_what_it_does_not_know(tmp_path: Path, change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"device.jsonl:2: (schema|kind)"):
+        report.latest(_written(tmp_path, _receipt(), _receipt(**change)))
+
+
+def test_report_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--results", str(_written(tmp_path, _receipt(), _receipt(case="other"))), "--readme", str(readme)]
+    assert report.main(words) == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert report.main([*words, "--check"]) == 0 and report.main(words) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == first
+    assert first["README.md"].startswith(b"before\n") and first["README.md"].endswith(b"after\n")
+    assert sum(name.endswith(".svg") for name in first) == 3
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.main(words)
+
+
+def test_committed_receipts_can_be_reported() -> None:
+    assert report.tables(report.latest(), receipts.tree_hash())
+
+
+def test_tree_hash_follows_the_sources(tmp_path: Path) -> None:
+    for name in ("kernels/a.py", "bilinear_ops/b.py", "tests/c.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    (tmp_path / "bilinear_ops/kernels").symlink_to("../kernels")
+    first = receipts.tree_hash(tmp_path)
+    (tmp_path / "tests/c.py").write_text("2")
+    assert receipts.tree_hash(tmp_path) == first
+    (tmp_path / "kernels/a.py").write_text("2")
+    assert receipts.tree_hash(tmp_path) != first
+
+
+def test_a_worker_outlives_the_death_of_its_process() -> None:
+    worker = Worker()
+    try:
+        with pytest.raises(RuntimeError, match="died"):
+            worker.ask(60, os._exit, 3)
+        with pytest.raises(RuntimeError, match="ValueError: math domain"):
+            worker.ask(60, __import__("math").sqrt, -1)
+        assert worker.ask(60, max, 1, 2) == 2
+    finally:
+        worker.stop()
+
+
+def test_gpu_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["--gpu"])
+        assert "needs a GPU" in capsys.readouterr().err
+    assert gpu.run(CPU, tmp_path, 2.0, ONLY) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "environment.json",
+        "ceilings.json",
+        "checks.jsonl",
+        "receipts.jsonl",
+    }
+    (found,) = receipts.load(tmp_path / "receipts.jsonl")
+    assert found["p50"] > 0
