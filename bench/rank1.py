@@ -1,6 +1,6 @@
 """Rank-1 subcomponents against the eager code in use today: time, peak memory, and where sparse gates stop to pay.
 
-    python -m bench.bench_rank1 [--tokens 512] [--rounds 5]
+    python -m bench.rank1 [--tokens 512] [--rounds 5]
 
 Correctness is checked first. Versions run interleaved, in processor time on CPU, and medians are compared. Peak memory
 is the growth of a fresh process's resident set over one step (CPU), or the allocator's peak (GPU).
@@ -113,7 +113,7 @@ def bench_stochastic(tokens: int, rounds: int, device: str) -> None:
     report(
         f"stochastic step, {tokens} x {D_IN} -> {D_OUT}, C = {C}, S = {SAMPLES}, delta", medians(steps, rounds, device)
     )
-    command = [sys.executable, "-m", "bench.bench_rank1", "--tokens", str(tokens), "--peak"]
+    command = [sys.executable, "-m", "bench.rank1", "--tokens", str(tokens), "--peak"]
     peaks = {name: int(subprocess.check_output([*command, name])) for name in steps}
     for name, peak in peaks.items():
         print(f"  {name:28} {peak / 2**20:9.0f} MB  {peak / peaks['eager, delta shared']:6.2f} of the first")
@@ -172,7 +172,7 @@ def bench_accumulate(rounds: int, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_rank1", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.rank1", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", help="print the peak bytes of this version's step instead")
