@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench import sass
-from bilinear_ops.kernels import config, gated, interaction
+from bilinear_ops.composite.rank1 import Masks
+from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -154,12 +155,38 @@ def interaction_cases(arch: str) -> Iterator[Case]:
         w = torch.empty(h, d, dtype=dtype, device="meta")
         for directions in (8, 512):
             c = torch.empty(directions, h, dtype=dtype, device="meta")
-            for packed in (False, True):
+            for packed in (False, True) if dtype == torch.bfloat16 else (False,):
                 name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
                 yield Case(name, partial(interaction.interaction, w, w, c, None, packed))
 
 
-FAMILIES = (gated_cases, interaction_cases)
+def rank1_cases(arch: str) -> Iterator[Case]:
+    """Everything asked for at once: four samples, delta, routing and every gradient, whatever the kind of mask."""
+    s, m, d, o, c, k = 4, 4096, 1024, 1024, 3072, 8
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        name, indices = str(dtype).removeprefix("torch."), t(m, k, dtype=torch.int64)
+        yield Case(name, partial(faithfulness.squared_difference, t(o, d), t(d, c), t(c, o)))
+        yield Case(name, partial(sparse.sparse_dots, t(m, d), t(c, d), indices))
+        yield Case(name, partial(sparse.sparse_sums, t(m, k), t(c, d), indices))
+        whole = dtype == torch.bfloat16  # the others differ in loads and stores alone
+        for sampling in ("given", "source", "continuous", "binomial") if whole else ("continuous",):
+            for rows in (m, 1) if whole else (m,):
+                wide = partial(t, dtype=torch.float32)
+                source = wide(s, rows, c) if sampling == "source" else None
+                seed = t(dtype=torch.int64) if sampling in ("continuous", "binomial") else None
+                masks = Masks(wide(rows, c), source, wide(s, m), t(m, dtype=torch.bool), seed, 0, s, sampling)
+                case = f"{name} {sampling} {'broadcast' if rows == 1 else 'full'}"
+                need = [True, True, True, source is not None, True]
+                yield Case(case, partial(rank1.masked_apply, t(s, m, o), t(m, c), t(c, o), masks, 1.0))
+                yield Case(case, partial(rank1.masked_apply_backward, t(s, m, o), t(m, c), t(c, o), masks, need))
+    yield Case("alone", partial(uniform.uniform, t(dtype=torch.int64), 0, s, m, c))
+
+
+FAMILIES = (gated_cases, interaction_cases, rank1_cases)
 
 
 def reports(arch: str, only: str = "") -> Iterator[Report]:

@@ -1,6 +1,7 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
 from bilinear_ops import nn, reference
+from bilinear_ops.accumulate import rank1_accumulate
 from bilinear_ops.entries import active_interactions, interaction_diagonal, interaction_entries
 from bilinear_ops.forms import eigen_form, layer_inner, neuron_gram, quadratic_form
 from bilinear_ops.gated import gated_bilinear, gated_mlp
@@ -10,8 +11,17 @@ from bilinear_ops.interaction import (
     pack_symmetric,
     unpack_symmetric,
 )
+from bilinear_ops.losses import (
+    faithfulness_loss,
+    importance_minimality,
+    lower_leaky_hard_sigmoid,
+    upper_leaky_hard_sigmoid,
+)
+from bilinear_ops.masks import stochastic_delta, stochastic_mask
+from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.ranking import interaction_moments, interaction_topk
 from bilinear_ops.reference.interaction import ActiveInteractions, Directions, InteractionMoments, TopInteractions
+from bilinear_ops.sparse import rank1_sparse
 
 __version__ = "0.1.0"
 
@@ -22,8 +32,10 @@ __all__ = [
     "TopInteractions",
     "active_interactions",
     "eigen_form",
+    "faithfulness_loss",
     "gated_bilinear",
     "gated_mlp",
+    "importance_minimality",
     "interaction_diagonal",
     "interaction_entries",
     "interaction_matrices",
@@ -31,10 +43,18 @@ __all__ = [
     "interaction_topk",
     "iter_interaction_matrices",
     "layer_inner",
+    "lower_leaky_hard_sigmoid",
     "neuron_gram",
     "nn",
     "pack_symmetric",
     "quadratic_form",
+    "rank1_accumulate",
+    "rank1_linear",
+    "rank1_sparse",
     "reference",
+    "stochastic_delta",
+    "stochastic_mask",
+    "stochastic_rank1_linear",
     "unpack_symmetric",
+    "upper_leaky_hard_sigmoid",
 ]

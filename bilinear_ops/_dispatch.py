@@ -56,6 +56,33 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
     return sizes
 
 
+def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> None:
+    """Check tensors that act on `first` in a float dtype of their own: masks, gates, deltas.
+
+    Each argument is given as `(tensor, shape)`, and must be None or broadcast to the shape on the device of `first`.
+
+    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched device or shape.
+    """
+    for name, (t, shape) in arguments.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        check_place(name, t, first, shape)
+
+
+def check_place(name: str, t: Tensor, first: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`."""
+    if t.device != first.device:
+        raise RuntimeError(f"{name} must be on the device of the other tensors, {first.device}, got {t.device}")
+    if t.dim() > len(shape) or any(
+        n not in (1, expected) for n, expected in zip(t.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise RuntimeError(f"{name} must broadcast to {list(shape)}, got {list(t.shape)}")
+
+
 def why_not_triton(t: Tensor) -> str | None:
     """Why the Triton kernels cannot run on `t`, or None where they can."""
     if t.dtype == torch.float64:
@@ -126,6 +153,11 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.bilinear_ops, name).default
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """What an op returns where nobody needs a result: a tensor always, no two of them the same."""
+    return like.new_empty(0) if t is None else t
 
 
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

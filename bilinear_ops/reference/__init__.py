@@ -24,12 +24,26 @@ from bilinear_ops.reference.interaction import (
     quadratic_form,
     unpack_symmetric,
 )
+from bilinear_ops.reference.rank1 import (
+    faithfulness_loss,
+    importance_minimality,
+    lower_leaky_hard_sigmoid,
+    rank1_accumulate,
+    rank1_linear,
+    rank1_sparse,
+    stochastic_delta,
+    stochastic_mask,
+    stochastic_rank1_linear,
+    upper_leaky_hard_sigmoid,
+)
 
 __all__ = [
     "active_interactions",
     "eigen_form",
+    "faithfulness_loss",
     "gated_bilinear",
     "gated_mlp",
+    "importance_minimality",
     "interaction_diagonal",
     "interaction_entries",
     "interaction_matrices",
@@ -37,8 +51,16 @@ __all__ = [
     "interaction_topk",
     "iter_interaction_matrices",
     "layer_inner",
+    "lower_leaky_hard_sigmoid",
     "neuron_gram",
     "pack_symmetric",
     "quadratic_form",
+    "rank1_accumulate",
+    "rank1_linear",
+    "rank1_sparse",
+    "stochastic_delta",
+    "stochastic_mask",
+    "stochastic_rank1_linear",
     "unpack_symmetric",
+    "upper_leaky_hard_sigmoid",
 ]

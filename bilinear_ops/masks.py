@@ -1,0 +1,122 @@
+"""Stochastic masks and deltas: what `stochastic_rank1_linear` draws, as tensors (math.md 3; [SPD])."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch
+from bilinear_ops.composite import uniform as composite
+from bilinear_ops.reference.rank1 import SAMPLINGS, delta_site, mask_site, masked, seed_tensor
+
+
+def stochastic_mask(
+    gates: Tensor,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    sampling: str = "continuous",
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """g + (1 - g) r with r ~ U(0, 1) or Bernoulli(1/2): exactly the masks of `stochastic_rank1_linear` ([SPD]).
+
+    Args:
+        gates: `[..., C]` causal importances in [0, 1]; other values are not refused.
+        samples: number of independent masks.
+        seed: int or int64 0-dim tensor on the device of gates; with stream, sample, row and column it fixes each draw.
+        sampling: "continuous" or "binomial".
+        stream: int that keeps two sites with one seed apart.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[samples, ..., C]` in float32, or float64 for float64 gates.
+
+    Raises:
+        RuntimeError: a seed on another device, or impl="triton" where it cannot run.
+        TypeError: gates that are not a floating-point tensor, or a seed that is neither an int nor an int64 tensor.
+        ValueError: samples below 1, unknown sampling or impl.
+    """
+    _dispatch.check(gates=(gates, "... c"))
+    check_sampling(samples, sampling)
+    seed = check_seed(seed, gates.device)
+    gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    r = draw(seed, mask_site(stream), samples, gates.shape[:-1].numel(), gates.shape[-1], impl)
+    r = r.view(samples, *gates.shape)
+    return torch.where(r >= 0.5, 1, gates) if sampling == "binomial" else masked(gates, r)
+
+
+def stochastic_delta(
+    shape: Sequence[int],
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    device: Any = None,
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """U(0, 1) for each sample and token: exactly what delta="uniform" draws in `stochastic_rank1_linear`.
+
+    Args:
+        shape: of the tokens.
+        device: of the result; the default device without it.
+        samples, seed, stream, impl: as for `stochastic_mask`, which never shares a draw with this function.
+
+    Returns:
+        float32 `[samples, *shape]`.
+
+    Raises:
+        as `stochastic_mask`.
+    """
+    check_sampling(samples, SAMPLINGS[0])
+    seed = check_seed(seed, torch.empty(0, device=device).device)
+    return draw(seed, delta_site(stream), samples, torch.Size(shape).numel(), 1, impl).view(samples, *shape)
+
+
+def check_sampling(samples: int, sampling: str) -> None:
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+
+
+def check_seed(seed: object, device: torch.device) -> Tensor:
+    """The seed as an int64 0-dim tensor."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise RuntimeError(f"seed must be an int or have shape [], got {list(seed.shape)}")
+        if seed.device != device:
+            raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
+    return seed_tensor(seed, device)
+
+
+def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
+    """Uniforms [samples, rows, columns] in [0, 1)."""
+    return uniform_op(seed, site, samples, rows, columns, _dispatch.resolve(impl, seed))
+
+
+def _uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
+    if impl == "torch":
+        return composite.uniform(seed, site, samples, rows, columns)
+    from bilinear_ops.kernels import uniform
+
+    return uniform.uniform(seed, site, samples, rows, columns)
+
+
+def _uniform_fake(seed: Any, site: int, samples: int, rows: int, columns: int, impl: str) -> Any:
+    return seed.new_empty(samples, rows, columns, dtype=torch.float32)
+
+
+uniform_op = _dispatch.register(
+    "uniform(Tensor seed, int site, int samples, SymInt rows, SymInt columns, str impl) -> Tensor",
+    _uniform,
+    _uniform_fake,
+)

@@ -1,0 +1,65 @@
+"""Rank1Linear and Rank1Embedding: their ops, initialisation, frozen targets."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import bilinear_ops as bo
+from bilinear_ops.testing import randn
+
+
+def test_linear_is_its_ops():
+    module = bo.nn.Rank1Linear(6, 4, 9, weight=randn(4, 6), bias=randn(4))
+    x, mask, delta, routing = randn(5, 6), torch.rand(5, 9), torch.rand(5), torch.arange(5) % 2 > 0
+    read, write, bias, weight = module.read, module.write, module.bias, module.target
+    expected = bo.reference.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing)
+    torch.testing.assert_close(module(x, mask, delta=delta, routing=routing), expected)
+    torch.testing.assert_close(module(x), x @ module.weight.t() + bias)
+    options = dict(samples=2, seed=3, delta="uniform")
+    expected = bo.reference.stochastic_rank1_linear(x, read, write, mask, bias, weight=weight, **options)
+    torch.testing.assert_close(module.stochastic(x, mask, **options), expected)
+
+
+def test_embedding_is_the_linear_layer_of_one_hot_tokens():
+    weight = randn(11, 4)
+    module = bo.nn.Rank1Embedding(11, 4, 9, weight=weight)
+    tokens, mask, delta, routing = (
+        torch.randint(11, (2, 5)),
+        torch.rand(2, 5, 9),
+        torch.rand(2, 5),
+        torch.rand(2, 5) > 0.5,
+    )
+    x = torch.nn.functional.one_hot(tokens, 11).float()
+    for options in ({}, {"delta": delta}, {"routing": routing}, {"delta": delta, "routing": routing}):
+        expected = bo.reference.rank1_linear(x, module.read, module.write, mask, weight=weight.t(), **options)
+        torch.testing.assert_close(module(tokens, mask, **options), expected)
+    torch.testing.assert_close(module(tokens), module.weight[tokens])
+
+
+@pytest.mark.parametrize("module", (bo.nn.Rank1Linear(300, 200, 400), bo.nn.Rank1Embedding(300, 200, 400)))
+def test_initialisation_and_parameters(module):
+    assert [name for name, _ in module.named_parameters()] == ["read", "write"]
+    assert abs(module.read.std() * math.sqrt(300) - 1) < 0.02 and abs(module.write.std() * math.sqrt(400) - 1) < 0.02
+
+
+def test_targets_are_frozen_and_saved():
+    weight = randn(4, 6).requires_grad_()
+    module = bo.nn.Rank1Linear(6, 4, 9, weight=weight)
+    assert set(module.state_dict()) == {"read", "write", "target"} and not module.target.requires_grad
+    fresh = bo.nn.Rank1Linear(6, 4, 9, weight=torch.zeros(4, 6))
+    fresh.load_state_dict(module.state_dict())
+    x = randn(5, 6)
+    for other in (fresh, copy.deepcopy(module)):
+        assert torch.equal(other(x, delta=torch.ones(5)), module(x, delta=torch.ones(5)))
+    assert "c=9" in repr(module)
+
+
+def test_errors():
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[4, 6\], got \[6, 4\]"):
+        bo.nn.Rank1Linear(6, 4, 9, weight=randn(6, 4))
+    with pytest.raises(ValueError, match="delta needs weight"):
+        bo.nn.Rank1Linear(6, 4, 9)(randn(5, 6), delta=torch.ones(5))
+    with pytest.raises(ValueError, match="routing needs weight"):
+        bo.nn.Rank1Embedding(6, 4, 9)(torch.zeros(5).long(), routing=torch.ones(5).bool())
