@@ -13,14 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 import bilinear_ops as bo
 
-Step = Callable[[], object]
+Step = Callable[..., object]
 D_IN, D_OUT, C, SAMPLES = 768, 3072, 3072, 4
 
 
@@ -31,7 +31,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def medians(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]:
+def medians(steps: Mapping[str, Step], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each, run in turns after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):

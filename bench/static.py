@@ -1,22 +1,21 @@
 """What a machine without a GPU can prove: every kernel, at every tile of its table, compiled for its real targets.
 
-    python -m bench.static [--target sm_90 ...] [--kernel NAME]
+    python -m bench.static [--target sm_90 ...] [--kernel NAME] [--histogram] [--update]
 
 The launchers run as they are, on meta tensors, with compilation in place of the launch: what is checked is what a
-user's call would compile. Registers, shared memory, spills and matrix instructions are read from the machine code.
+user's call would compile. Registers, shared memory, spills and the main loop are read from the machine code, and
+compared with bench/static_baseline.json, so that a change shows what it did to them. Triton keeps what it has compiled:
+a second run is quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import re
-import subprocess
+import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench import sass
 from bilinear_ops.composite.rank1 import Masks
-from bilinear_ops.kernels import config, faithfulness, gated, rank1, sparse, uniform
+from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BASELINE = Path(__file__).parent / "static_baseline.json"
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,36 @@ class Case:
 
 @dataclass
 class Report:
-    """What the machine code of one kernel says. Spills are counted over the whole kernel, in instructions."""
+    """What the machine code of one kernel says."""
 
     kernel: str
     case: str
     target: str
     shared: int
-    registers: int = 0
-    spills: int = 0
-    matrix: dict[str, int] = field(default_factory=dict)
-    waits: int = 0
+    code: sass.Code
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.kernel} [{self.case}]"
 
     def failures(self) -> list[str]:
-        where = f"{self.kernel} [{self.case}] on {self.target}"
         found = []
-        if self.shared > config.SHARED_MEMORY[self.target]:
-            found.append(f"{where}: {self.shared} bytes of shared memory, limit {config.SHARED_MEMORY[self.target]}")
-        if self.spills:
-            found.append(f"{where}: {self.spills} spill instructions")
-        if self.waits:
-            found.append(f"{where}: {self.waits} wgmmas waited for one by one")
+        limit = config.SHARED_MEMORY[self.target]
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {limit}")
+        if self.code.spills:
+            found.append(f"{self.code.spills} spill instructions, {self.code.loop_spills} of them in the main loop")
+        if not self.case.startswith("float32"):  # fp32-accurate products are made otherwise, and wait
+            unit = sass.UNIT[self.target]
+            if self.code.matrix and not any(name.startswith(unit) for name in self.code.matrix):
+                found.append(f"the main loop multiplies with {', '.join(self.code.matrix)}, not {unit}")
+            if self.code.waits:
+                found.append(f"{self.code.waits} wgmmas of the main loop waited for one by one")
+        return [f"{self}: {what}" for what in found]
+
+    def figures(self) -> dict[str, Any]:
+        """What the baseline keeps."""
+        found = asdict(self.code) | {"shared": self.shared, "loop": sum(self.code.histogram.values())}
+        del found["histogram"]
         return found
 
 
@@ -162,7 +173,19 @@ def rank1_cases(arch: str) -> Iterator[Case]:
     yield Case("alone", partial(uniform.uniform, t(dtype=torch.int64), 0, s, m, c))
 
 
-FAMILIES = (gated_cases, rank1_cases)
+def interaction_cases(arch: str) -> Iterator[Case]:
+    """Both orders of contraction, with the heavier epilogue: both triangles."""
+    d, h = 1024, 2048
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        w = torch.empty(h, d, dtype=dtype, device="meta")
+        for directions in (8, 512):
+            c = torch.empty(directions, h, dtype=dtype, device="meta")
+            for packed in (False, True):
+                name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
+                yield Case(name, partial(interaction.interaction, w, w, c, None, packed))
+
+
+FAMILIES = (gated_cases, interaction_cases, rank1_cases)
 
 
 def reports(arch: str, only: str = "") -> Iterator[Report]:
@@ -173,60 +196,56 @@ def reports(arch: str, only: str = "") -> Iterator[Report]:
                 case.call()
             for name, kernel in compiled:
                 if only in name:
-                    yield read(name, case.name, arch, kernel)
+                    yield Report(name, case.name, arch, kernel.metadata.shared, sass.read(kernel, arch))
 
 
-def read(name: str, case: str, arch: str, kernel: Any) -> Report:
-    report = Report(name, case, arch, kernel.metadata.shared)
-    if arch.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
-        report.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))
-        report.spills = int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
-        report.matrix = dict(collections.Counter(re.findall(r"\bv_mfma_\w+", text)))
-        return report
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _run("cuobjdump", "-res-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
-    report.registers = int(_first(r"REG:(\d+)", usage))
-    report.spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    matrix = re.findall(r"\b(HGMMA\.[\dx]+|HMMA\.\d+|UTCHMMA|UTCQMMA|[QI]MMA)\b", sass)
-    report.matrix = dict(collections.Counter(matrix))
-    report.waits = _serial_wgmmas(sass)
-    return report
+def load_baseline(path: Path = BASELINE) -> dict[str, dict[str, Any]]:
+    """Figures by kernel, case and target, as this version of Triton compiled them; none where it was another one."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found.get("kernels", {}) if found.get("triton") == triton.__version__ else {}
 
 
-def _serial_wgmmas(sass: str) -> int:
-    """wgmmas directly followed by a wait for all of them: the tensor core idles between such products."""
-    order = re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass)
-    pairs = list(zip(order, order[1:], strict=False))
-    serial = sum(a == "HGMMA" and b != "HGMMA" for a, b in pairs)
-    return serial if order.count("HGMMA") > 1 and serial > order.count("HGMMA") // 2 else 0
+def save_baseline(figures: dict[str, dict[str, Any]], path: Path = BASELINE) -> None:
+    """A line a kernel, so that a commit shows what it changed."""
+    lines = (f"{json.dumps(name)}: {json.dumps(figures[name], sort_keys=True)}" for name in sorted(figures))
+    path.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
-def _first(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    return match.group(1) if match else "0"
-
-
-def _run(tool: str, *args: str) -> str:
-    return subprocess.run([TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
+def changes(name: str, before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    """A line that says what became of a kernel, or nothing where it is as it was."""
+    if before is None:
+        return f"NEW {name}"
+    differ = [f"{k} {before.get(k)} -> {now[k]}" for k in sorted(now) if before.get(k) != now[k]]
+    return f"CHANGED {name}: {', '.join(differ)}" if differ else ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--histogram", action="store_true", help="print the instructions of every main loop")
+    parser.add_argument("--update", action="store_true", help="write what was found to the baseline")
     arguments = parser.parse_args()
-    failures = []
-    print(f"{'kernel':22} {'case':44} {'target':7} {'reg':>4} {'shared':>7} {'spills':>6}  matrix instructions")
+    baseline = load_baseline()
+    figures = {k: v for k, v in baseline.items() if k.split()[0] not in arguments.target or arguments.kernel not in k}
+    failures, changed = [], []
+    columns = f"{'reg':>4} {'shared':>7} {'spills':>6} {'loop':>5} {'tensor':>6}"
+    print(f"{'kernel':22} {'case':44} {'target':7} {columns}  matrix instructions of the main loop")
     for arch in arguments.target:
         for r in reports(arch, arguments.kernel):
-            matrix = " ".join(f"{k}:{n}" for k, n in r.matrix.items())
-            numbers = f"{r.registers:4} {r.shared:7} {r.spills:6}"
+            found = figures[str(r)] = r.figures()
+            tensor = "-" if r.code.tensor is None else f"{r.code.tensor:.2f}"
+            matrix = " ".join(f"{k}:{n}" for k, n in r.code.matrix.items())
+            numbers = f"{r.code.registers:4} {r.shared:7} {r.code.spills:6} {found['loop']:5} {tensor:>6}"
             print(f"{r.kernel:22} {r.case:44} {r.target:7} {numbers}  {matrix}", flush=True)
+            if arguments.histogram:
+                print("   ", " ".join(f"{k}:{n}" for k, n in r.code.histogram.items()))
             failures += r.failures()
+            changed.append(changes(str(r), baseline.get(str(r)), found))
+    print("\ntensor: a model, of the clocks that the main loop's instructions take; nothing here was timed")
+    print("\n".join(filter(None, changed)) if baseline else "no baseline of this version of Triton to compare with")
+    if arguments.update:
+        save_baseline(figures)
     for line in failures:
         print("FAIL", line)
     return bool(failures)

@@ -2,7 +2,15 @@
 
 from bilinear_ops import nn, reference
 from bilinear_ops.accumulate import rank1_accumulate
+from bilinear_ops.entries import active_interactions, interaction_diagonal, interaction_entries
+from bilinear_ops.forms import eigen_form, layer_inner, neuron_gram, quadratic_form
 from bilinear_ops.gated import gated_bilinear, gated_mlp
+from bilinear_ops.interaction import (
+    interaction_matrices,
+    iter_interaction_matrices,
+    pack_symmetric,
+    unpack_symmetric,
+)
 from bilinear_ops.losses import (
     faithfulness_loss,
     importance_minimality,
@@ -11,17 +19,35 @@ from bilinear_ops.losses import (
 )
 from bilinear_ops.masks import stochastic_delta, stochastic_mask
 from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
+from bilinear_ops.ranking import interaction_moments, interaction_topk
+from bilinear_ops.reference.interaction import ActiveInteractions, Directions, InteractionMoments, TopInteractions
 from bilinear_ops.sparse import rank1_sparse
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActiveInteractions",
+    "Directions",
+    "InteractionMoments",
+    "TopInteractions",
+    "active_interactions",
+    "eigen_form",
     "faithfulness_loss",
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
+    "interaction_diagonal",
+    "interaction_entries",
+    "interaction_matrices",
+    "interaction_moments",
+    "interaction_topk",
+    "iter_interaction_matrices",
+    "layer_inner",
     "lower_leaky_hard_sigmoid",
+    "neuron_gram",
     "nn",
+    "pack_symmetric",
+    "quadratic_form",
     "rank1_accumulate",
     "rank1_linear",
     "rank1_sparse",
@@ -29,5 +55,6 @@ __all__ = [
     "stochastic_delta",
     "stochastic_mask",
     "stochastic_rank1_linear",
+    "unpack_symmetric",
     "upper_leaky_hard_sigmoid",
 ]

@@ -183,3 +183,52 @@ def faithfulness(arch: str) -> Tile:
 def accurate_precision(arch: str) -> str:
     """fp32-accurate products whatever the TF32 switch says: on NVIDIA's tensor cores as three TF32 terms."""
     return "tf32x3" if arch.startswith("sm_") else "ieee"
+
+
+@dataclass(frozen=True)
+class PairTile:
+    """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
+
+    block_i: int
+    block_j: int
+    block_k: int
+    block_h: int
+    warps: int
+    stages: int
+
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+# Khatri-Rao contraction: S is generated in registers, spill-free at these sizes (compiled).
+INTERACTION_PAIRS = {
+    "sm_80": PairTile(8, 16, 64, 32, 8, 3),
+    "sm_86": PairTile(8, 16, 64, 32, 8, 2),
+    "sm_90": PairTile(8, 16, 128, 64, 8, 3),
+    "sm_100": PairTile(8, 16, 128, 64, 8, 3),  # with 64 directions, 2 spills (compiled)
+    "sm_120": PairTile(8, 16, 64, 32, 8, 2),
+    "gfx942": PairTile(8, 16, 64, 32, 4, 2),
+    "interpreter": PairTile(16, 16, 32, 32, 4, 1),
+}
+
+# One direction at a time: block_k is not used.
+INTERACTION_DIRECTION = {
+    "sm_80": PairTile(64, 64, 1, 32, 4, 3),
+    "sm_86": PairTile(64, 64, 1, 32, 4, 2),
+    "sm_90": PairTile(128, 128, 1, 64, 8, 3),
+    "sm_100": PairTile(64, 64, 1, 64, 4, 3),
+    "sm_120": PairTile(64, 64, 1, 32, 4, 2),
+    "gfx942": PairTile(64, 64, 1, 32, 4, 2),
+    "interpreter": PairTile(32, 32, 1, 32, 4, 1),
+}
+
+
+def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[str, PairTile | None]:
+    """The order of contraction, "direction", "pairs" or "library" (the composite), with its tile."""
+    if directions <= 16:
+        # three products of fp32 operands leave no registers for a 128 x 128 tile: 32 spills (compiled, sm_90)
+        wide = dtype == torch.float32 and arch == "sm_90"
+        return "direction", INTERACTION_DIRECTION["sm_80" if wide else arch]
+    if h >= 8192 and directions >= 512:
+        return "library", None  # model: generating S takes longer than reading it back
+    return "pairs", INTERACTION_PAIRS[arch]

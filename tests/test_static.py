@@ -1,6 +1,7 @@
 """Every kernel, at every tile of its table, compiles for its targets without a GPU and spills nowhere."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,67 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "gfx942"))
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"))
 def test_compiles_without_spills(arch):
-    # in a process of its own: in this one the kernels are interpreted
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static", "--target", arch]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = _run("-m", "bench.static", "--target", arch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "forward_kernel" in done.stdout and "backward_kernel" in done.stdout
+
+
+def test_a_tile_that_spills_fails_the_gate():
+    done = _run(
+        "-c",
+        "import sys; from bench import static; from bilinear_ops.kernels import config\n"
+        "config.GATED_FORWARD['sm_80'] = (config.Tile(128, 128, 32, 4, 3),)\n"
+        "sys.argv = ['', '--target', 'sm_80', '--kernel', 'forward_kernel']\n"
+        "sys.exit(static.main())",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(
+        r"FAIL sm_80 forward_kernel \[bfloat16 128x2x128x32 aligned\]: \d+ spill instructions", done.stdout
+    )
+
+
+def _run(*words):
+    # in a process of its own: in this one the kernels are interpreted
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True)
+
+
+LOOPS = """
+.L_x_0:
+    /*0010*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+    /*0020*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    /*0030*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+.L_x_1:
+    /*0040*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+    /*0050*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+    /*0060*/  WARPGROUP.DEPBAR.LE gsb0, {left} ;
+    /*0070*/  @P0 STL [R1], R3 ;
+    /*0080*/  @!P1 BRA `(.L_x_1) ;
+.L_x_2:
+    /*0090*/  @!P1 BRA `(.L_x_2) ;
+    /*00a0*/  @!P2 BRA `(.L_x_0) ;
+"""
+
+
+def test_the_main_loop_is_the_innermost_that_multiplies():
+    from bench import sass
+
+    for left in ("0x1", "0x0"):  # one wait a loop is none too many
+        lines = sass._sass_lines(LOOPS.format(left=left))
+        loop = sass.main_loop(lines, r"BRA\S*\s.*`\((\.L\w+)\)")
+        code = sass.of_loop(loop, "sm_90", warps=4)
+        assert code.histogram == {"HGMMA": 2, "WARPGROUP": 1, "STL": 1, "BRA": 1}
+        assert (code.matrix, code.loop_spills, code.waits) == ({"HGMMA.64x128x16": 2}, 1, 0)
+        assert code.tensor == 1.0
+    assert sass._serial_wgmmas([loop[1], loop[2]] * 3) == 3  # a wait after each
+
+
+def test_changes_against_the_baseline_are_named():
+    from bench.static import changes
+
+    assert changes("kernel", None, {"spills": 0}) == "NEW kernel"
+    assert changes("kernel", {"spills": 0}, {"spills": 0}) == ""
+    assert changes("kernel", {"spills": 0}, {"spills": 8}) == "CHANGED kernel: spills 0 -> 8"

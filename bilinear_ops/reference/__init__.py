@@ -9,6 +9,21 @@ Sources, cited by key in docstrings throughout the package:
 """
 
 from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
+from bilinear_ops.reference.interaction import (
+    active_interactions,
+    eigen_form,
+    interaction_diagonal,
+    interaction_entries,
+    interaction_matrices,
+    interaction_moments,
+    interaction_topk,
+    iter_interaction_matrices,
+    layer_inner,
+    neuron_gram,
+    pack_symmetric,
+    quadratic_form,
+    unpack_symmetric,
+)
 from bilinear_ops.reference.rank1 import (
     faithfulness_loss,
     importance_minimality,
@@ -23,16 +38,29 @@ from bilinear_ops.reference.rank1 import (
 )
 
 __all__ = [
+    "active_interactions",
+    "eigen_form",
     "faithfulness_loss",
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
+    "interaction_diagonal",
+    "interaction_entries",
+    "interaction_matrices",
+    "interaction_moments",
+    "interaction_topk",
+    "iter_interaction_matrices",
+    "layer_inner",
     "lower_leaky_hard_sigmoid",
+    "neuron_gram",
+    "pack_symmetric",
+    "quadratic_form",
     "rank1_accumulate",
     "rank1_linear",
     "rank1_sparse",
     "stochastic_delta",
     "stochastic_mask",
     "stochastic_rank1_linear",
+    "unpack_symmetric",
     "upper_leaky_hard_sigmoid",
 ]

@@ -1,0 +1,181 @@
+"""Quadratic forms, eigenvector forms and inner products of bilinear tensors: the public functions (math.md 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch, reference
+from bilinear_ops.composite import eigen_pairs as pairwise
+from bilinear_ops.composite import forms as composite
+from bilinear_ops.composite import gram
+from bilinear_ops.composite.blocks import without_autocast
+from bilinear_ops.entries import check_index
+from bilinear_ops.interaction import differentiable_gradients
+from bilinear_ops.reference.interaction import REDUCTIONS
+
+
+@without_autocast
+def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
+    """x^T Q_k x for every matrix: what direction k of a bilinear layer answers to x ([P] eq. 2).
+
+    Args:
+        x: `[..., d]`.
+        q: `[K, d, d]`, or packed `[K, d(d+1)/2]`.
+
+    Returns:
+        `[..., K]`.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices; a packed length that is not d(d+1)/2.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    packed = isinstance(q, Tensor) and q.dim() == 2
+    sizes = _dispatch.check(x=(x, "... d"), q=(q, "K n" if packed else "K d d"))
+    length = sizes["d"] * (sizes["d"] + 1) // 2
+    if packed and sizes["n"] != length:
+        raise RuntimeError(f"q must have shape [K, {length}] for d={sizes['d']}, got {list(q.shape)}")
+    if _dispatch.needs_reference():
+        return reference.quadratic_form(x, q)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return composite.quadratic_form(rows, q).view(*x.shape[:-1], q.shape[0])
+
+
+@without_autocast
+def eigen_form(
+    x: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    reduce: str = "sum",
+) -> Tensor:
+    """sum_i values[k, i] (vectors[k, i] . x)^2, the quadratic form of eigenpairs ([P] eq. 3).
+
+    Args:
+        x: `[..., d]`; `[M, d]` with `pairs`.
+        values, vectors: `[K, r]` and `[K, r, d]`; rows of vectors are eigenvectors.
+        pairs: `(t, k)`, int64 `[N]` each: only these rows of x with these outputs.
+        reduce: "sum" over i; "cumsum" for all truncations at once; "none" for each eigenvector's term.
+
+    Returns:
+        `[..., K]`, or `[N]` with `pairs`; for "cumsum" and "none" with a last dimension r.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
+        IndexError: an index out of range.
+        ValueError: unknown reduce.
+    """
+    sizes = _dispatch.check(
+        x=(x, "... d" if pairs is None else "M d"), values=(values, "K r"), vectors=(vectors, "K r d")
+    )
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if pairs is not None:
+        t, k = pairs
+        check_index("t", t, sizes["M"], (k.numel(),), x)
+        check_index("k", k, sizes["K"], (k.numel(),), x)
+    if _dispatch.needs_reference():
+        return reference.eigen_form(x, values, vectors, pairs=pairs, reduce=reduce)
+    if pairs is not None:
+        return eigen_pairs_op(x, values, vectors, *pairs, reduce)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return (
+        composite.eigen_form(rows, values, vectors, reduce)
+        .unflatten(0, x.shape[:-1] or (1,))
+        .view(*x.shape[:-1], *values.shape[: 1 if reduce == "sum" else 2])
+    )
+
+
+@without_autocast
+def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
+    """Frobenius inner products of the neurons' symmetric matrices sym(w_h v_h^T), from inner products of their rows.
+
+    Args:
+        w, v: `[h, d]` up-projections.
+        w2, v2: `[h2, d]` those of another layer; the same one where both are None.
+
+    Returns:
+        `[h, h2]`; of one layer with itself equal to its transpose to the bit.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor, or only one of w2 and v2.
+    """
+    if (w2 is None) != (v2 is None):
+        raise TypeError(f"{'w2' if w2 is None else 'v2'} must be given with {'v2' if w2 is None else 'w2'}, got None")
+    _dispatch.check(w=(w, "h d"), v=(v, "h d"), w2=(w2, "? h2 d"), v2=(v2, "? h2 d"))
+    if _dispatch.needs_reference():
+        return reference.neuron_gram(w, v, w2, v2)
+    return gram.neuron_gram(w, v, w2, v2)
+
+
+@without_autocast
+def layer_inner(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:
+    """The inner product <B1, B2> of two layers' bilinear tensors, with no [h1, h2] array in memory.
+
+    Args:
+        w1, v1, p1: `[h1, d]`, `[h1, d]` and `[o, h1]`, the first layer.
+        w2, v2, p2: `[h2, d]`, `[h2, d]` and `[o, h2]`, the second.
+
+    Returns:
+        a 0-dim tensor.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    _dispatch.check(
+        w1=(w1, "h1 d"), v1=(v1, "h1 d"), p1=(p1, "o h1"), w2=(w2, "h2 d"), v2=(v2, "h2 d"), p2=(p2, "o h2")
+    )
+    if _dispatch.needs_reference():
+        return reference.layer_inner(w1, v1, p1, w2, v2, p2)
+    return gram.layer_inner(w1, v1, p1, w2, v2, p2)
+
+
+def _pairs_fake(x, values, vectors, t, k, reduce):
+    return x.new_empty(k.shape[0], *([] if reduce == "sum" else [values.shape[1]]))
+
+
+def _pairs_backward_fake(dout, x, values, vectors, t, k, reduce, need):
+    return tuple(a.new_empty(a.shape if needed else 0) for a, needed in zip((x, values, vectors), need, strict=True))
+
+
+eigen_pairs_op = _dispatch.register(
+    "eigen_pairs(Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce) -> Tensor",
+    pairwise.eigen_pairs,
+    _pairs_fake,
+)
+eigen_pairs_backward_op = _dispatch.register(
+    "eigen_pairs_backward(Tensor dout, Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce, "
+    "bool[] need) -> (Tensor, Tensor, Tensor)",
+    pairwise.eigen_pairs_backward,
+    _pairs_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.reduce = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, vectors, t, k = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+
+        def form(x: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+            return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=ctx.reduce)
+
+        found = differentiable_gradients(form, (x, values, vectors), need, dout)
+    else:
+        found = eigen_pairs_backward_op(dout, x, values, vectors, t, k, ctx.reduce, need)
+    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
+
+
+torch.library.register_autograd(
+    "bilinear_ops::eigen_pairs", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+)
