@@ -20,7 +20,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 
-Step = Callable[..., object]
+Step = Callable[[], object]
 D_IN, D_OUT, C, SAMPLES = 768, 3072, 3072, 4
 
 

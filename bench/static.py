@@ -148,6 +148,18 @@ def gated_cases(arch: str) -> Iterator[Case]:
         yield Case(f"{name} alone", partial(backward, None, o))
 
 
+def interaction_cases(arch: str) -> Iterator[Case]:
+    """Both orders of contraction, with the heavier epilogue: both triangles."""
+    d, h = 1024, 2048
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        w = torch.empty(h, d, dtype=dtype, device="meta")
+        for directions in (8, 512):
+            c = torch.empty(directions, h, dtype=dtype, device="meta")
+            for packed in (False, True):
+                name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
+                yield Case(name, partial(interaction.interaction, w, w, c, None, packed))
+
+
 def rank1_cases(arch: str) -> Iterator[Case]:
     """Everything asked for at once: four samples, delta, routing and every gradient, whatever the kind of mask."""
     s, m, d, o, c, k = 4, 4096, 1024, 1024, 3072, 8
@@ -171,18 +183,6 @@ def rank1_cases(arch: str) -> Iterator[Case]:
                 yield Case(case, partial(rank1.masked_apply, t(s, m, o), t(m, c), t(c, o), masks, 1.0))
                 yield Case(case, partial(rank1.masked_apply_backward, t(s, m, o), t(m, c), t(c, o), masks, need))
     yield Case("alone", partial(uniform.uniform, t(dtype=torch.int64), 0, s, m, c))
-
-
-def interaction_cases(arch: str) -> Iterator[Case]:
-    """Both orders of contraction, with the heavier epilogue: both triangles."""
-    d, h = 1024, 2048
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        w = torch.empty(h, d, dtype=dtype, device="meta")
-        for directions in (8, 512):
-            c = torch.empty(directions, h, dtype=dtype, device="meta")
-            for packed in (False, True):
-                name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
-                yield Case(name, partial(interaction.interaction, w, w, c, None, packed))
 
 
 FAMILIES = (gated_cases, interaction_cases, rank1_cases)

@@ -138,54 +138,6 @@ def processors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class MaskTile:
-    """A tile of the rank-1 mask kernels: `rows` tokens by an even number of `columns`."""
-
-    rows: int
-    columns: int
-    warps: int
-
-    def launch(self) -> dict[str, int]:
-        # no fused multiply-adds: they would change the masks' last bits
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-# One pass over memory. 8 elements a thread: the backward needs 120 registers, with 16 up to 232 (compiled, sm_90).
-RANK1_MASK = MaskTile(16, 64, 4)
-RANK1_MASK_INTERPRETED = MaskTile(64, 64, 4)
-
-
-def rank1_mask(arch: str) -> MaskTile:
-    """The tile of the kernels that draw masks."""
-    return RANK1_MASK_INTERPRETED if arch == "interpreter" else RANK1_MASK
-
-
-# Dot products with gathered rows: `rows` active ones at a time, `columns` of their elements.
-RANK1_SPARSE = MaskTile(8, 128, 4)
-RANK1_SPARSE_INTERPRETED = MaskTile(4, 16, 4)
-
-
-def rank1_sparse(arch: str) -> MaskTile:
-    """The tile of the sparse kernels."""
-    return RANK1_SPARSE_INTERPRETED if arch == "interpreter" else RANK1_SPARSE
-
-
-# Products whose three-term form keeps two split operands in registers: 64 x 64 does not spill (compiled).
-FAITHFULNESS = Tile(64, 64, 32, 4, 3)
-FAITHFULNESS_INTERPRETED = Tile(32, 32, 32, 4, 1)
-
-
-def faithfulness(arch: str) -> Tile:
-    """The tile of the faithfulness reduction."""
-    return FAITHFULNESS_INTERPRETED if arch == "interpreter" else FAITHFULNESS
-
-
-def accurate_precision(arch: str) -> str:
-    """fp32-accurate products whatever the TF32 switch says: on NVIDIA's tensor cores as three TF32 terms."""
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
-
-
-@dataclass(frozen=True)
 class PairTile:
     """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
 
@@ -232,3 +184,51 @@ def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple
     if h >= 8192 and directions >= 512:
         return "library", None  # model: generating S takes longer than reading it back
     return "pairs", INTERACTION_PAIRS[arch]
+
+
+@dataclass(frozen=True)
+class MaskTile:
+    """A tile of the rank-1 mask kernels: `rows` tokens by an even number of `columns`."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def launch(self) -> dict[str, int]:
+        # no fused multiply-adds: they would change the masks' last bits
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+# One pass over memory. 8 elements a thread: the backward needs 120 registers, with 16 up to 232 (compiled, sm_90).
+RANK1_MASK = MaskTile(16, 64, 4)
+RANK1_MASK_INTERPRETED = MaskTile(64, 64, 4)
+
+
+def rank1_mask(arch: str) -> MaskTile:
+    """The tile of the kernels that draw masks."""
+    return RANK1_MASK_INTERPRETED if arch == "interpreter" else RANK1_MASK
+
+
+# Dot products with gathered rows: `rows` active ones at a time, `columns` of their elements.
+RANK1_SPARSE = MaskTile(8, 128, 4)
+RANK1_SPARSE_INTERPRETED = MaskTile(4, 16, 4)
+
+
+def rank1_sparse(arch: str) -> MaskTile:
+    """The tile of the sparse kernels."""
+    return RANK1_SPARSE_INTERPRETED if arch == "interpreter" else RANK1_SPARSE
+
+
+# Products whose three-term form keeps two split operands in registers: 64 x 64 does not spill (compiled).
+FAITHFULNESS = Tile(64, 64, 32, 4, 3)
+FAITHFULNESS_INTERPRETED = Tile(32, 32, 32, 4, 1)
+
+
+def faithfulness(arch: str) -> Tile:
+    """The tile of the faithfulness reduction."""
+    return FAITHFULNESS_INTERPRETED if arch == "interpreter" else FAITHFULNESS
+
+
+def accurate_precision(arch: str) -> str:
+    """fp32-accurate products whatever the TF32 switch says: on NVIDIA's tensor cores as three TF32 terms."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"

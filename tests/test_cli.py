@@ -57,7 +57,8 @@ def test_report_says_where_the_kernels_run(monkeypatch):
     gpu = ("triton", "the kernels run on this device")
     monkeypatch.setattr(environment, "choice", lambda d: ("torch", "a reason") if d == "cpu" else gpu)
     shown = environment.text(environment.report())
-    assert re.search(r"gated_mlp +torch \[1\] +triton \[2\]\n", shown)
+    on_cpu, on_gpu = re.search(r"gated_mlp +torch \[(\d)\] +triton \[(\d)\]\n", shown).groups()
+    assert f"[{on_cpu}]  a reason" in shown and f"[{on_gpu}]  the kernels run on this device" in shown
     assert "[1]  a reason\n  [2]  the kernels run on this device\n" in shown
 
 

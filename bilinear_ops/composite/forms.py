@@ -34,7 +34,7 @@ def eigen_form(x: Tensor, values: Tensor, vectors: Tensor, reduce: str) -> Tenso
 def _eigen_activations(x: Tensor, vectors: Tensor) -> Tensor:
     """(v . x)^2: [n, k, r]."""
     z = (x @ vectors.flatten(0, 1).t()).unflatten(1, vectors.shape[:2])
-    return z.square() if torch.is_grad_enabled() else z.square_()
+    return z.square_()
 
 
 def _eigen_sum(x: Tensor, vectors: Tensor, values: Tensor) -> Tensor:

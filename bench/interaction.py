@@ -1,6 +1,6 @@
-"""Interaction tensors against what people run today (benchmarks.md, workloads 2, 4, 5 and 7).
+"""Interaction tensors against what people run today.
 
-    python -m bench.bench_interaction [--quick] [--only NAME]
+    python -m bench.interaction [--quick] [--only NAME]
 
 Correctness first, then medians of interleaved repeats in processor time; nothing is said about absolute speed.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Workload:
 
     name: str
     ours: Function
-    baselines: dict[str, Function]
+    baselines: Mapping[str, Function]
     tolerance: float = 1e-5
 
 
@@ -48,16 +49,16 @@ def flat_bmm(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
 def matrices(quick: bool) -> Iterator[Workload]:
     for K, d, h in [(10, 64, 64), (128, 32, 64)] if quick else [(10, 512, 512), (1024, 256, 1024), (512, 784, 2048)]:
         w, v, c = layer(K, d, h)
-        baselines = {"einsum": lambda t=(w, v, c): einsum(*t)}
+        baselines: dict[str, Function] = {"einsum": partial(einsum, w, v, c)}
         if K * h * d <= 1 << 29:
-            baselines["flat bmm"] = lambda t=(w, v, c): flat_bmm(*t)
-        yield Workload(f"matrices {K} {d} {h}", lambda t=(w, v, c): bo.interaction_matrices(*t), baselines)
+            baselines["flat bmm"] = partial(flat_bmm, w, v, c)
+        yield Workload(f"matrices {K} {d} {h}", partial(bo.interaction_matrices, w, v, c), baselines)
         if K > d:
             directions = bo.Directions(torch.randn(K, d) / d**0.5, torch.randn(d, h) / h**0.5)
             yield Workload(
                 f"matrices {K} {d} {h}, rank {d}",
-                lambda t=(w, v, directions): bo.interaction_matrices(*t),
-                {"einsum": lambda t=(w, v, directions.u @ directions.p): einsum(*t)},
+                partial(bo.interaction_matrices, w, v, directions),
+                {"einsum": partial(einsum, w, v, directions.u @ directions.p)},
             )
 
 
@@ -137,7 +138,7 @@ def measure(functions: dict[str, Function], repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_interaction")
+    parser = argparse.ArgumentParser(prog="python -m bench.interaction")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes: whether it runs, not how fast")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
