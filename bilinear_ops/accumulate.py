@@ -1,4 +1,4 @@
-"""Weights summed from gated rank-1 subcomponents: the public function (math.md 3)."""
+"""Weights summed from gated rank-1 subcomponents: the public function (docs/math.md 3)."""
 
 from __future__ import annotations
 

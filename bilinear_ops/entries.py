@@ -1,4 +1,4 @@
-"""Elements of interaction matrices at chosen places, without the matrices: the public functions (math.md 2)."""
+"""Elements of interaction matrices at chosen places, without the matrices: the public functions (docs/math.md 2)."""
 
 from __future__ import annotations
 

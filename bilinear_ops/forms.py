@@ -1,4 +1,4 @@
-"""Quadratic forms, eigenvector forms and inner products of bilinear tensors: the public functions (math.md 2)."""
+"""Quadratic forms, eigenvector forms and inner products of bilinear tensors: the public functions (docs/math.md 2)."""
 
 from __future__ import annotations
 

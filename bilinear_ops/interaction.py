@@ -1,4 +1,4 @@
-"""Interaction matrices of a bilinear layer: the public functions, the registered op and its backward (math.md 2)."""
+"""Interaction matrices of a bilinear layer: the public functions, the op and its backward (docs/math.md 2)."""
 
 from __future__ import annotations
 

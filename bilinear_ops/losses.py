@@ -1,4 +1,4 @@
-"""Losses and gate functions of parameter decomposition (math.md 3; [SPD])."""
+"""Losses and gate functions of parameter decomposition (docs/math.md 3; [SPD])."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked rank-1 subcomponents: the public functions, the registered op behind them and its backward (math.md 3)."""
+"""Masked rank-1 subcomponents: the public functions, the registered op and its backward (docs/math.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rank-1 subcomponents of which few are active for each token: public function, op and backward (math.md 3)."""
+"""Rank-1 subcomponents of which few are active for each token: public function, op and backward (docs/math.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large intermediates one block at a time, differentiable to any order without keeping them (architecture.md)."""
+"""Large intermediates one block at a time, differentiable to any order without keeping them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The eigenvector form at chosen (token, output) pairs: pairs of one output share one small GEMM (math.md 2)."""
+"""The eigenvector form at chosen (token, output) pairs: pairs of one output share one small GEMM (docs/math.md 2)."""
 
 from __future__ import annotations
 
