@@ -204,27 +204,39 @@ def _backward(
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     backend = _backend(impl)
     h = w.shape[0]
-    if az.numel() == 0:
-        az = composite.preactivations(x, w, v, b_w, b_v)
-    dx = dwv = dp = db = db_p = dbeta = None
-    if need_x or need_w or need_v or need_bw or need_bv or need_beta:
-        dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
-        if hid is not None:
-            dp = dy.t() @ hid
-            hid = None  # before the other gradients are allocated
-        if need_x:
-            dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
-        if need_w or need_v:
-            dwv = _needed_halves(dadz, need_w, need_v).t() @ x
-        if need_bw or need_bv:
-            db = _needed_halves(dadz, need_bw, need_bv).sum(0)
-        if dbeta is not None and beta is not None:
-            dbeta = dbeta.to(beta.dtype)
-    elif need_p:
-        dp = dy.t() @ backend.gate(az, beta, activation)
-    if need_bp:
-        db_p = dy.sum(0)
+    dx = x.new_empty(x.shape) if need_x else None
+    dwv = dp = db = dbeta = None
+    for rows in backend.row_blocks(x, h):
+        b_x, b_dy = x[rows], dy[rows]
+        b_az = az[rows] if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
+        if need_x or need_w or need_v or need_bw or need_bv or need_beta:
+            dadz, hid, b_dbeta = backend.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
+            if hid is not None:
+                dp = _plus_product(dp, b_dy, hid)
+                hid = None  # before the other gradients are allocated
+            if dx is not None:
+                torch.mm(dadz[:, :h], w, out=dx[rows]).addmm_(dadz[:, h:], v)
+            if need_w or need_v:
+                dwv = _plus_product(dwv, _needed_halves(dadz, need_w, need_v), b_x)
+            if need_bw or need_bv:
+                db = _plus(db, _needed_halves(dadz, need_bw, need_bv).sum(0))
+            if b_dbeta is not None:
+                dbeta = _plus(dbeta, b_dbeta)
+        elif need_p:
+            dp = _plus_product(dp, b_dy, backend.gate(b_az, beta, activation))
+    if dbeta is not None and beta is not None:
+        dbeta = dbeta.to(beta.dtype)
+    db_p = dy.sum(0) if need_bp else None
     return tuple(_dispatch.or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
+
+
+def _plus(total: Tensor | None, t: Tensor) -> Tensor:
+    return t if total is None else total.add_(t)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a^T b, without a matrix between."""
+    return a.t() @ b if total is None else total.addmm_(a.t(), b)
 
 
 def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:

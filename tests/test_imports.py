@@ -75,6 +75,7 @@ def test_imports_point_one_way(path):
 def run(code: str, **environment: str) -> str:
     """The output of a fresh interpreter on `code`."""
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles the package anew at each start
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
