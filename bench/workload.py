@@ -70,17 +70,22 @@ def training_step(
     fn: Callable[..., Tensor],
     pack: Callable[..., Tensors] | None = None,
     unpack: Callable[..., Tensors] | None = None,
+    trained: int | None = None,
 ) -> Contender:
-    """y = fn(*leaves) and the gradients of all leaves; the last input is dy. `unpack` views packed gradients apart."""
+    """y = fn(*inputs) and gradients of the first `trained` inputs, or of all; the last input, dy, is not fn's.
+
+    `unpack` views packed gradients apart.
+    """
 
     def build(*inputs: Tensor) -> Run:
-        *leaves, dy = inputs
+        *operands, dy = inputs
         if pack:
-            leaves = list(pack(*leaves))
-        leaves = [t.detach().requires_grad_() for t in leaves]
+            operands = list(pack(*operands))
+        leaves = [t.detach().requires_grad_() for t in operands[:trained]]
+        constants = operands[len(leaves) :]
 
         def run() -> Tensors:
-            y = fn(*leaves)
+            y = fn(*leaves, *constants)
             gradients = torch.autograd.grad(y, leaves, dy)
             return y.detach(), *(unpack(*gradients) if unpack else gradients)
 

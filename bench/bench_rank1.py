@@ -1,0 +1,203 @@
+"""Rank-1 subcomponents against eager code: stochastic masks, sparse gates at rising density, accumulated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import bilinear_ops as bo
+from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, training_step
+
+SHAPES = {  # (tokens, d_in, d_out, C)
+    ("cpu", "tiny"): [(33, 24, 40, 48)],
+    ("cpu", "quick"): [(128, 192, 768, 768)],
+    ("cpu", "full"): [(512, 768, 3072, 3072), (512, 3072, 768, 3584)],
+    ("cuda", "tiny"): [(256, 128, 256, 256)],
+    ("cuda", "quick"): [(4096, 768, 3072, 3072)],
+    ("cuda", "full"): [(m, *layer) for m in (4096, 32768) for layer in ((768, 3072, 3072), (3072, 768, 3584))],
+}
+SAMPLES = {"tiny": (2,), "quick": (4,), "full": (1, 4)}
+DENSITIES = {"tiny": (0.05, 0.25), "quick": (0.01, 0.05), "full": (0.0025, 0.005, 0.01, 0.02, 0.05)}
+ACCUMULATED = {  # (samples, rows, d_out, d_in, C)
+    "tiny": (2, 33, 10, 12, 24),
+    "quick": (4, 256, 94, 96, 192),
+    "full": (4, 2209, 94, 96, 192),
+}
+SEED = 1
+Drawn = tuple[Tensor, Tensor]  # uniforms of masks and deltas: [S, M, C] and [S, M]
+
+
+def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = SHAPES[device.type, size]
+    for shape in shapes:
+        for samples in SAMPLES[size]:
+            yield _stochastic(device, size, impl, dtype, *shape, samples)
+    for shape in shapes[:2]:
+        for density in DENSITIES[size]:
+            for backward in (False, True):
+                yield _sparse(device, impl, dtype, *shape, density, backward)
+    if impl != "triton":  # library calls alone
+        yield _accumulate(device, *ACCUMULATED[size])
+
+
+def _stochastic(
+    device: torch.device, size: str, impl: str, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int, samples: int
+) -> Workload:
+    """A training step of the subcomponents and their gates; x and the original weight are given."""
+
+    def inputs(seed: int) -> Tensors:
+        tensors = ((d_in, c), d_in**-0.5), ((c, d_out), c**-0.5), ((m, d_in), 1.0), ((d_out, d_in), d_in**-0.5)
+        read, write, x, weight, dy = draw(device, dtype, *tensors, ((samples, m, d_out), 1.0))(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return read, write, torch.rand(m, c, generator=generator, device=device), x, weight, dy
+
+    def ours(read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return bo.stochastic_rank1_linear(
+            x, read, write, gates, samples=samples, seed=SEED, weight=weight, delta="uniform", impl=impl
+        )
+
+    def reference(read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """A sample at a time: drawn together, all masks are several arrays of [S, M, C] integers."""
+        y = []
+        for r, delta in zip(*_drawn_by_ours(gates, samples), strict=True):
+            y.append(bo.reference.rank1_linear(x, read, write, gates + (1 - gates) * r, weight=weight, delta=delta))
+        return torch.stack(y)
+
+    baselines = {"eager": _first_drawn_by_ours(_eager, samples)}
+    if samples > 1:
+        baselines["delta once"] = _first_drawn_by_ours(_eager_delta_once, samples)
+    if has_compiler(device) and size == "full":
+        baselines["delta once, compiled"] = _first_drawn_by_ours(compiled(_eager_delta_once), samples)
+    operands = m * d_in + d_in * c + c * d_out + d_out * d_in + 2 * samples * m * d_out + d_in * c + c * d_out
+    return Workload(
+        op="stochastic_rank1_linear",
+        case="delta, step",
+        shape={"m": m, "i": d_in, "o": d_out, "C": c, "S": samples},
+        dtype=dtype,
+        inputs=inputs,
+        reference=training_step(reference, trained=3),
+        ours=training_step(ours, trained=3),
+        baselines=baselines,
+        # the difference is applied as x W^T - acts L, its second part with the samples' own products
+        flops=2 * m * (c * (2 * d_in + 3 * samples * d_out) + d_in * d_out),
+        bytes=operands * dtype.itemsize + 2 * 4 * m * c,
+    )
+
+
+def _drawn_by_ours(gates: Tensor, samples: int) -> Drawn:
+    r = bo.stochastic_mask(torch.zeros_like(gates), samples=samples, seed=SEED, impl="torch")  # 0 + (1 - 0) r
+    delta = bo.stochastic_delta(gates.shape[:1], samples=samples, seed=SEED, device=gates.device, impl="torch")
+    return r, delta.to(r.dtype)
+
+
+def _first_drawn_by_ours(eager: Callable[..., Tensor], samples: int) -> Contender:
+    """A training step of an eager version.
+
+    Its first run, the one that is checked, is given the numbers that ours draws, because no other masks give equal
+    results. All later ones, timing and memory among them, draw their own, as it does in use.
+    """
+
+    def build(*inputs: Tensor) -> Callable[[], Tensors]:
+        given = [_drawn_by_ours(inputs[2], samples)]
+
+        def fn(*operands: Tensor) -> Tensor:
+            return eager(samples, given.pop() if given else None, *operands)
+
+        return training_step(fn, trained=3)(*inputs)
+
+    return build
+
+
+def _eager(
+    samples: int, given: Drawn | None, read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor
+) -> Tensor:
+    """As published: every sample draws, masks and multiplies anew."""
+    difference = weight - (read @ write).t()
+    y = []
+    for s in range(samples):
+        r, delta = (given[0][s], given[1][s]) if given else (torch.rand_like(gates), torch.rand_like(gates[:, 0]))
+        kept = (x @ read * (gates + (1 - gates) * r)).to(x.dtype) @ write
+        y.append(kept + (delta[:, None] * (x @ difference.t())).to(x.dtype))
+    return torch.stack(y)
+
+
+def _eager_delta_once(
+    samples: int, given: Drawn | None, read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor
+) -> Tensor:
+    """The products that all samples have in common formed once."""
+    acts = x @ read
+    rest = x @ (weight - (read @ write).t()).t()
+    y = []
+    for s in range(samples):
+        r, delta = (given[0][s], given[1][s]) if given else (torch.rand_like(gates), torch.rand_like(gates[:, 0]))
+        kept = (acts * (gates + (1 - gates) * r)).to(x.dtype) @ write
+        y.append(kept + (delta[:, None] * rest).to(x.dtype))
+    return torch.stack(y)
+
+
+def _sparse(
+    device: torch.device, impl: str, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int, density: float,
+    backward: bool,
+) -> Workload:  # fmt: skip
+    """Where the dense product becomes the faster one, over the share of subcomponents that are active."""
+    k = max(1, round(density * c))
+
+    def inputs(seed: int) -> Tensors:
+        tensors = ((d_in, c), d_in**-0.5), ((c, d_out), c**-0.5), ((m, d_in), 1.0), ((m, d_out), 1.0)
+        read, write, x, dy = draw(device, dtype, *tensors)(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        gates, indices = torch.rand(m, c, generator=generator, device=device).topk(k)
+        return read, write, x, indices, gates, *([dy] if backward else [])
+
+    def timed(fn: Callable[..., Tensor], pack: Callable[..., Tensors] | None = None) -> Contender:
+        return training_step(fn, pack, trained=2) if backward else forward(fn, pack)
+
+    def with_mask(read: Tensor, write: Tensor, x: Tensor, indices: Tensor, gates: Tensor) -> Tensors:
+        return read, write, x, gates.new_zeros(m, c).scatter_(1, indices, gates)
+
+    def dense(read: Tensor, write: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return (x @ read * mask).to(x.dtype) @ write
+
+    active = 2 * m * k * (d_in + d_out)
+    moved = m * (d_in + d_out) + c * (d_in + d_out)
+    if backward:
+        moved += m * d_out + c * (d_in + d_out)  # dy in; the gradients of read and write, not of x, out
+    return Workload(
+        op="rank1_sparse",
+        case=f"{density:.2%} active, {'step' if backward else 'forward'}",
+        shape={"m": m, "i": d_in, "o": d_out, "C": c},
+        dtype=dtype,
+        inputs=inputs,
+        # the same sum over a mask: the sparse reference copies both vectors of every active subcomponent
+        reference=timed(lambda r, w, x, mask: bo.reference.rank1_linear(x, r, w, mask), with_mask),
+        ours=timed(lambda r, w, x, indices, gates: bo.rank1_sparse(x, r, w, indices, gates, impl=impl)),
+        baselines={"eager": timed(dense, with_mask)},
+        flops=active + (2 * m * k * (d_in + 2 * d_out) if backward else 0),
+        bytes=moved * dtype.itemsize + (8 + 4) * m * k,
+    )
+
+
+def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in: int, c: int) -> Workload:
+    def inputs(seed: int) -> Tensors:
+        read, write = draw(device, torch.float32, ((d_in, c), 1.0), ((c, d_out), c**-0.5))(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.rand(samples, rows, c, generator=generator, device=device), read, write
+
+    def einsum(gates: Tensor, read: Tensor, write: Tensor) -> Tensor:
+        return torch.einsum("sbc,ic,co->sboi", gates, read, write)
+
+    return Workload(
+        op="rank1_accumulate",
+        case="gates",
+        shape={"S": samples, "rows": rows, "o": d_out, "i": d_in, "C": c},
+        dtype=torch.float32,
+        inputs=inputs,
+        reference=forward(bo.reference.rank1_accumulate),
+        ours=forward(bo.rank1_accumulate),
+        baselines={"eager": forward(einsum)},
+        flops=2 * samples * rows * c * d_out * d_in,
+        bytes=4 * (samples * rows * (c + d_out * d_in) + c * (d_in + d_out)),
+    )
