@@ -7,6 +7,7 @@ The data are the 1797 8x8 images that ship inside scikit-learn; nothing is downl
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import environment, reference
+from bilinear_ops.forms import eigen_form
+from bilinear_ops.interaction import interaction_matrices
 from bilinear_ops.nn import GatedMLP
 
 SEED = 0
@@ -67,6 +70,8 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
     for name, error in errors.items():
         verdict = "ok" if error.passes else "WRONG"
         print(f"  {name:<12}  ours {error.ours:.1e}  eager float32 {error.eager:.1e}  {verdict}")
+
+    describe_interactions(model, data)
 
     print(
         "\nOne training step, forward and backward, medians of interleaved runs (a small layer times the call itself):"
@@ -129,6 +134,59 @@ def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
 def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
     """The fraction of images whose largest logit is their label's."""
     return (model(x).argmax(1) == y).float().mean().item()
+
+
+class Spectra(NamedTuple):
+    """Eigenvalues `[10, r]` by magnitude and eigenvectors `[10, r, 64]` of the classes' interaction matrices."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+@torch.no_grad()
+def spectra(model: GatedMLP) -> Spectra:
+    """The eigendecomposition of each class's interaction matrix ([P] eq. 2): its eigenvectors are the features."""
+    values, vectors = torch.linalg.eigh(interaction_matrices(model.w, model.v, model.p).double())
+    order = values.abs().argsort(1, descending=True)
+    values, vectors = values.gather(1, order), vectors.mT.gather(1, order.unsqueeze(2).expand(-1, -1, vectors.shape[1]))
+    return Spectra(values.to(model.w.dtype), vectors.to(model.w.dtype))
+
+
+@torch.no_grad()
+def describe_interactions(model: GatedMLP, data: Digits) -> None:
+    """Print how few eigenvectors carry each class ([P] Figs. 2 and 5), and save the strongest as images."""
+    values, vectors = spectra(model)
+    shares = values.square().cumsum(1) / values.square().sum(1, keepdim=True)  # of |Q_k|^2
+    ranks = (1, 2, 4, 8)
+    print("\nThe layer's interaction matrices, one a class: share of |Q|^2 in its strongest eigenvectors")
+    print("  class " + "".join(f"  top {n:<2}" for n in ranks))
+    for digit, share in enumerate(shares.tolist()):
+        print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks))
+    logits = eigen_form(data.test_x, values, vectors, reduce="cumsum")  # [N, 10, 64]: every truncation at once
+    kept = ((logits[:, :, n - 1].argmax(1) == data.test_y).float().mean().item() for n in ranks)
+    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{a:.1%}" for a in kept))
+    try:
+        print(
+            f"  the strongest eigenvectors as images: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}"
+        )
+    except ModuleNotFoundError:
+        print('  for a figure of them: pip install "bilinear-ops[plots]"')
+
+
+def save_eigenvectors(values: Tensor, vectors: Tensor, path: str, top: int = 4) -> str:
+    """Save each class's strongest eigenvectors as 8x8 images; returns the path. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.15 * top + 0.3), layout="constrained")
+    grid = figure.subplots(top, 10)
+    for rank, digit in itertools.product(range(top), range(10)):
+        axes, image = grid[rank, digit], vectors[digit, rank].view(8, 8).cpu()
+        limit = image.abs().max().item()
+        axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
+        axes.set_title(f"{digit}: {values[digit, rank].item():+.2f}", fontsize=7)
+        axes.axis("off")
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def check(model: GatedMLP, x: Tensor) -> dict[str, Error]:
