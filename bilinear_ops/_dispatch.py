@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("bilinear_ops", "DEF")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+T = TypeVar("T")
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -93,8 +96,11 @@ def why_not_triton(t: Tensor) -> str | None:
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "CPU tensors need TRITON_INTERPRET=1"
     if t.device.type != "cuda":
         return f"no kernels for device {t.device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_properties(t.device).major < 8:
-        return "the kernels need compute capability 8.0 or newer"
+    properties = torch.cuda.get_device_properties(t.device)
+    if torch.version.hip is None:
+        return None if properties.major >= 8 else "the kernels need compute capability 8.0 or newer"
+    if not properties.gcnArchName.startswith("gfx942"):
+        return f"the kernels are built for gfx942, not {properties.gcnArchName}"
     return None
 
 
@@ -135,22 +141,28 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def without_autocast(f: Callable[..., T]) -> Callable[..., T]:
+    """f in the precision of its arguments, whatever the caller's autocast: its sums cancel too much for a cast."""
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **options: Any) -> T:
+        kinds = [a.device.type for a in (*args, *options.values()) if isinstance(a, Tensor)]
+        if not kinds or kinds[0] == "meta" or not torch.is_autocast_enabled(kinds[0]):
+            return f(*args, **options)
+        with torch.autocast(kinds[0], enabled=False):
+            return f(*args, **options)
+
+    return wrapped
+
+
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define an opaque op with one implementation for all devices and its fake; returns the callable overload.
 
     `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
     """
     name = schema.partition("(")[0]
-
-    def without_autocast(*args: Any) -> Any:
-        kind = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(kind):
-            return kernel(*args)
-        with torch.autocast(kind, enabled=False):
-            return kernel(*args)
-
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.bilinear_ops, name).default
 
@@ -163,7 +175,8 @@ def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an op its derivative; `backward` and `setup_context` as in `torch.library.register_autograd`.
 
-    That function walks the schema on every call, which costs a small layer more than its arithmetic.
+    That function walks the schema on every call, which costs a small layer more than its arithmetic. `backward` runs
+    with autocast off, as the op did.
     """
 
     class Formula(torch.autograd.Function):
@@ -174,7 +187,7 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
             setup_context(ctx, args, out)
             return out
 
-    Formula.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Formula.backward = staticmethod(without_autocast(backward))  # type: ignore[method-assign]
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -183,3 +196,15 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
             return op(*args)
 
     LIBRARY.impl(op._schema.name, autograd, "Autograd")
+
+
+def differentiable_gradients(
+    f: Callable[..., Tensor], tensors: Sequence[Tensor | None], need: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """The needed gradients of f(*tensors) with a graph of their own: what a backward returns under create_graph."""
+    with torch.enable_grad():
+        # views, so that a tensor computed from another argument is not differentiated through
+        views = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
+        found = iter(torch.autograd.grad(f(*views), wanted, gradient, create_graph=True))
+    return [next(found) if needed else None for needed in need]

@@ -1,4 +1,4 @@
-"""Weights summed from gated rank-1 subcomponents: the public function (math.md 3)."""
+"""Weights summed from gated rank-1 subcomponents: the public function (docs/math.md 3)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from bilinear_ops import _dispatch
 
 
+@_dispatch.without_autocast
 def rank1_accumulate(gates: Tensor, read: Tensor, write: Tensor, *, base: Tensor | None = None) -> Tensor:
     """base + sum_c g_c l_c r_c^T, one weight for every row of gates.
 

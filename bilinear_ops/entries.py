@@ -1,4 +1,4 @@
-"""Elements of interaction matrices at chosen places, without the matrices: the public functions (math.md 2)."""
+"""Elements of interaction matrices at chosen places, without the matrices: the public functions (docs/math.md 2)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from torch import Tensor
 
 from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import entries as composite
-from bilinear_ops.composite.blocks import without_autocast
 from bilinear_ops.interaction import check_layer
 from bilinear_ops.reference.interaction import ActiveInteractions, Directions, active_indices
 
 
-@without_autocast
+@_dispatch.without_autocast
 def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, *, basis: Tensor | None = None) -> Tensor:
     """The self-interactions Q_k[i, i], diag(Q_k) = C (W * V), with no Q formed.
 
@@ -33,7 +32,7 @@ def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, *, basis:
     return composite.interaction_diagonal(w, v, c, basis)
 
 
-@without_autocast
+@_dispatch.without_autocast
 def interaction_entries(
     w: Tensor, v: Tensor, c: Tensor | Directions, k: Tensor, i: Tensor, j: Tensor, *, basis: Tensor | None = None
 ) -> Tensor:
@@ -59,7 +58,7 @@ def interaction_entries(
     return composite.interaction_entries(w, v, c, k, i, j, basis)
 
 
-@without_autocast
+@_dispatch.without_autocast
 def active_interactions(
     w: Tensor,
     v: Tensor,

@@ -1,4 +1,4 @@
-"""Quadratic forms, eigenvector forms and inner products of bilinear tensors: the public functions (math.md 2)."""
+"""Quadratic forms, eigenvector forms and inner products of bilinear tensors: the public functions (docs/math.md 2)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import eigen_pairs as pairwise
 from bilinear_ops.composite import forms as composite
 from bilinear_ops.composite import gram
-from bilinear_ops.composite.blocks import without_autocast
 from bilinear_ops.entries import check_index
-from bilinear_ops.interaction import differentiable_gradients
 from bilinear_ops.reference.interaction import REDUCTIONS
 
 
-@without_autocast
+@_dispatch.without_autocast
 def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
     """x^T Q_k x for every matrix: what direction k of a bilinear layer answers to x ([P] eq. 2).
 
@@ -43,7 +41,7 @@ def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
     return composite.quadratic_form(rows, q).view(*x.shape[:-1], q.shape[0])
 
 
-@without_autocast
+@_dispatch.without_autocast
 def eigen_form(
     x: Tensor,
     values: Tensor,
@@ -90,7 +88,7 @@ def eigen_form(
     )
 
 
-@without_autocast
+@_dispatch.without_autocast
 def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
     """Frobenius inner products of the neurons' symmetric matrices sym(w_h v_h^T), from inner products of their rows.
 
@@ -113,7 +111,7 @@ def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | Non
     return gram.neuron_gram(w, v, w2, v2)
 
 
-@without_autocast
+@_dispatch.without_autocast
 def layer_inner(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:
     """The inner product <B1, B2> of two layers' bilinear tensors, with no [h1, h2] array in memory.
 
@@ -170,12 +168,10 @@ def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         def form(x: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
             return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=ctx.reduce)
 
-        found = differentiable_gradients(form, (x, values, vectors), need, dout)
+        found = _dispatch.differentiable_gradients(form, (x, values, vectors), need, dout)
     else:
         found = eigen_pairs_backward_op(dout, x, values, vectors, t, k, ctx.reduce, need)
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
 
 
-torch.library.register_autograd(
-    "bilinear_ops::eigen_pairs", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
-)
+_dispatch.register_autograd(eigen_pairs_op, _autograd, _setup_context)

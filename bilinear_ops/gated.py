@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def gated_mlp(
 ) -> Tensor:
     """((x w^T + b_w) * act(x v^T + b_v)) p^T + b_p, the gated MLP of Llama-style transformers ([P] 2, [S]).
 
-    Keeps x and the two pre-activations for backward, `d + 2h` elements a token; never the product.
+    Keeps x and the two pre-activations for backward, `d + 2h` elements a token, never the product (but for layers small
+    enough that "auto" leaves them to eager PyTorch).
 
     Args:
         x, w, v, b_w, b_v, activation, beta, impl: as for `gated_bilinear`.
@@ -109,9 +111,7 @@ def _gated(
     small = impl == "auto" and not recompute and _is_small(x, w)
     impl = _dispatch.resolve(impl, x)
     if small or _dispatch.needs_reference():
-        if p is None:
-            return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
-        return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
+        return _reference(x, w, v, p, b_w, b_v, b_p, beta, activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
@@ -136,6 +136,8 @@ def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Ten
             raise RuntimeError(f"beta must be a float or have shape [], got {list(beta.shape)}")
         if beta.device != x.device:
             raise RuntimeError(f"beta must be on the device of x, {x.device}, got {beta.device}")
+    elif not isinstance(beta, float | int | torch.SymFloat):
+        raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(beta).__name__}")
     elif activation != "swish" and beta != 1.0:
         raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
     return beta
@@ -176,7 +178,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
-    return y, _or_empty(az, x)
+    return y, _dispatch.or_empty(az, x)
 
 
 def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
@@ -202,32 +204,39 @@ def _backward(
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     backend = _backend(impl)
     h = w.shape[0]
-    if az.numel() == 0:
-        az = composite.preactivations(x, w, v, b_w, b_v)
-    dx = dwv = dp = db = db_p = dbeta = None
-    if need_x or need_w or need_v or need_bw or need_bv or need_beta:
-        dadz, hid, dbeta = backend.gate_backward(dy, p, az, beta, activation, need_p, need_beta)
-        if hid is not None:
-            dp = dy.t() @ hid
-            hid = None  # before the other gradients are allocated
-        if need_x:
-            dx = (dadz[:, :h] @ w).addmm_(dadz[:, h:], v)
-        if need_w or need_v:
-            dwv = _needed_halves(dadz, need_w, need_v).t() @ x
-        if need_bw or need_bv:
-            db = _needed_halves(dadz, need_bw, need_bv).sum(0)
-        if dbeta is not None and beta is not None:
-            dbeta = dbeta.to(beta.dtype)
-    elif need_p:
-        dp = dy.t() @ backend.gate(az, beta, activation)
-    if need_bp:
-        db_p = dy.sum(0)
-    return tuple(_or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
+    dx = x.new_empty(x.shape) if need_x else None
+    dwv = dp = db = dbeta = None
+    for rows in backend.row_blocks(x, h):
+        b_x, b_dy = x[rows], dy[rows]
+        b_az = az[rows] if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
+        if need_x or need_w or need_v or need_bw or need_bv or need_beta:
+            dadz, hid, b_dbeta = backend.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
+            if hid is not None:
+                dp = _plus_product(dp, b_dy, hid)
+                hid = None  # before the other gradients are allocated
+            if dx is not None:
+                torch.mm(dadz[:, :h], w, out=dx[rows]).addmm_(dadz[:, h:], v)
+            if need_w or need_v:
+                dwv = _plus_product(dwv, _needed_halves(dadz, need_w, need_v), b_x)
+            if need_bw or need_bv:
+                db = _plus(db, _needed_halves(dadz, need_bw, need_bv).sum(0))
+            if b_dbeta is not None:
+                dbeta = _plus(dbeta, b_dbeta)
+        elif need_p:
+            dp = _plus_product(dp, b_dy, backend.gate(b_az, beta, activation))
+    if dbeta is not None and beta is not None:
+        dbeta = dbeta.to(beta.dtype)
+    db_p = dy.sum(0) if need_bp else None
+    return tuple(_dispatch.or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
 
 
-def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """An op returns tensors only, no two of them the same."""
-    return like.new_empty(0) if t is None else t
+def _plus(total: Tensor | None, t: Tensor) -> Tensor:
+    return t if total is None else total.add_(t)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a^T b, without a matrix between."""
+    return a.t() @ b if total is None else total.addmm_(a.t(), b)
 
 
 def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
@@ -277,7 +286,8 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     x, w, v, p, b_w, b_v, b_p, beta, az = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:8])
     if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x
-        found = _differentiable_gradients(dy, (x, w, v, p, b_w, b_v, b_p, beta), need, ctx.activation)
+        tensors = (x, w, v, p, b_w, b_v, b_p, beta)
+        found = _dispatch.differentiable_gradients(partial(_reference, activation=ctx.activation), tensors, need, dy)
     else:
         dx, dwv, dp, db, db_p, dbeta = gated_backward_op(
             dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl
@@ -287,18 +297,22 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
 
 
-def _differentiable_gradients(
-    dy: Tensor, tensors: tuple[Tensor | None, ...], need: list[bool], activation: str
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        # views, so that a tensor computed from another argument is not differentiated through
-        x, w, v, p, b_w, b_v, b_p, beta = views = [None if t is None else t.view_as(t) for t in tensors]
-        assert x is not None and w is not None and v is not None
-        y = reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=1.0 if beta is None else beta)
-        y = y if p is None else torch.nn.functional.linear(y, p, b_p)
-        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if needed else None for needed in need]
+def _reference(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    beta: float | Tensor | None,
+    activation: str,
+) -> Tensor:
+    """What the op computes: differentiable to any order and under every transform."""
+    beta = 1.0 if beta is None else beta
+    if p is None:
+        return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
+    return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
 
 
 _dispatch.register_autograd(gated_op, _autograd, _setup_context)

@@ -1,8 +1,8 @@
-"""Interaction matrices of a bilinear layer: the public functions, the registered op and its backward (math.md 2)."""
+"""Interaction matrices of a bilinear layer: the public functions, the op and its backward (docs/math.md 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from bilinear_ops.composite import interaction as composite
 from bilinear_ops.reference.interaction import LAYOUTS, Directions
 
 
+@_dispatch.without_autocast
 def interaction_matrices(
     w: Tensor, v: Tensor, c: Tensor | Directions, *, layout: str = "full", impl: str = "auto"
 ) -> Tensor:
@@ -139,18 +140,6 @@ def backend(impl: str) -> Any:
     return interaction
 
 
-def differentiable_gradients(
-    f: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], need: list[bool], gradient: Tensor
-) -> list[Tensor | None]:
-    """The needed gradients of f(*tensors) with a graph of their own, for create_graph=True."""
-    with torch.enable_grad():
-        # views, so that a tensor computed from another argument is not differentiated through
-        views = [None if t is None else t.view_as(t) for t in tensors]
-        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(f(*views), wanted, gradient, create_graph=True))
-    return [next(found) if needed else None for needed in need]
-
-
 def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
     return backend(impl).interaction(w, v, c, u, packed)
 
@@ -197,12 +186,10 @@ def _autograd(ctx: Any, dq: Tensor) -> tuple[Tensor | None, ...]:
             c_or_factors = c if u is None else Directions(u, c)
             return reference.interaction_matrices(w, v, c_or_factors, layout="packed" if ctx.packed else "full")
 
-        found = differentiable_gradients(matrices, tensors, need, dq)
+        found = _dispatch.differentiable_gradients(matrices, tensors, need, dq)
     else:
         found = interaction_backward_op(dq, w, v, c, u, need, ctx.impl)
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None
 
 
-torch.library.register_autograd(
-    "bilinear_ops::interaction", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
-)
+_dispatch.register_autograd(interaction_op, _autograd, _setup_context)

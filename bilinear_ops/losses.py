@@ -1,4 +1,4 @@
-"""Losses and gate functions of parameter decomposition (math.md 3; [SPD])."""
+"""Losses and gate functions of parameter decomposition (docs/math.md 3; [SPD])."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import faithfulness as composite
 
 
+@_dispatch.without_autocast
 def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor, *, impl: str = "auto") -> Tensor:
     """mean (W - (R L)^T)^2, how far the subcomponents are from summing to the weight ([SPD]).
 

@@ -1,4 +1,4 @@
-"""Stochastic masks and deltas: what `stochastic_rank1_linear` draws, as tensors (math.md 3; [SPD])."""
+"""Stochastic masks and deltas: what `stochastic_rank1_linear` draws, as tensors (docs/math.md 3; [SPD])."""
 
 from __future__ import annotations
 

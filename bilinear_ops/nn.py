@@ -39,13 +39,16 @@ class _Gated(nn.Module):
         self.v = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
         self.b_w = nn.Parameter(torch.empty(d_hidden, **factory)) if bias else None
         self.b_v = nn.Parameter(torch.empty(d_hidden, **factory)) if bias else None
-        # A tensor, so that annealing it (`layer.beta.fill_(0.5)`) recompiles nothing; a Parameter is trained.
-        if activation != "swish":
+        self._keep_beta(beta, self.w.device)
+
+    def _keep_beta(self, beta: float | Tensor, device: torch.device) -> None:
+        """A tensor, so that annealing it (`layer.beta.fill_(0.5)`) recompiles nothing; a Parameter is trained."""
+        if self.activation != "swish":
             self.register_buffer("beta", None)
         elif isinstance(beta, nn.Parameter):
             self.beta = beta
         else:
-            self.register_buffer("beta", torch.as_tensor(beta, dtype=torch.float32, device=factory["device"]))
+            self.register_buffer("beta", torch.as_tensor(beta, dtype=torch.float32).detach().to(device, copy=True))
 
     def reset_parameters(self) -> None:
         """Weights and biases uniform in +-1 / sqrt(fan in), as in `torch.nn.Linear`."""
@@ -82,7 +85,7 @@ class _Gated(nn.Module):
 
     def extra_repr(self) -> str:
         h, d = self.w.shape
-        beta = "" if self.beta is None else f", beta={self.beta.item():g}"
+        beta = "" if self.beta is None or self.beta.is_meta else f", beta={self.beta.item():g}"
         return f"d_in={d}, d_hidden={h}, activation={self.activation!r}{beta}, bias={self.b_w is not None}"
 
 
@@ -158,15 +161,14 @@ class GatedMLP(_Gated):
     ) -> Self:
         """The layer of three Linears, sharing their parameters: a Llama-style MLP, dropped in.
 
-        Raises ValueError where only some of the Linears have biases' shapes or sizes that do not fit together.
+        Raises ValueError where the weights' sizes do not fit together; biases may be absent one by one.
         """
         (h, d), o = up.weight.shape, down.weight.shape[0]
         if gate.weight.shape != (h, d) or down.weight.shape[1] != h:
             shapes = ", ".join(f"{list(m.weight.shape)}" for m in (gate, up, down))
             raise ValueError(f"gate, up, down must have weights [h, d], [h, d], [o, h], got {shapes}")
         layer = cls(d, h, o, activation=activation, beta=beta, device="meta", dtype=up.weight.dtype)
-        if layer.beta is not None and layer.beta.is_meta:
-            layer.register_buffer("beta", torch.as_tensor(beta, dtype=torch.float32, device=up.weight.device))
+        layer._keep_beta(beta, up.weight.device)
         for name, linear in (("w", up), ("v", gate), ("p", down)):
             setattr(layer, name, linear.weight)
             setattr(layer, f"b_{name}", linear.bias)

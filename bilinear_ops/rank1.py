@@ -1,7 +1,8 @@
-"""Masked rank-1 subcomponents: the public functions, the registered op behind them and its backward (math.md 3)."""
+"""Masked rank-1 subcomponents: the public functions, the registered op and its backward (docs/math.md 3)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -385,7 +386,8 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     need = list(ctx.needs_input_grad[:9])
     options = (ctx.stream, ctx.samples, ctx.sampling)
     if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
-        grads = _differentiable_gradients(dy, tensors, need, routing, seed, *options)
+        of = dict(zip(("routing", "seed", "stream", "samples", "sampling"), (routing, seed, *options), strict=True))
+        grads = _dispatch.differentiable_gradients(partial(_reference, **of), tensors, need, dy)
     else:
         given = acts is not None
         grads = rank1_backward_op(
@@ -396,32 +398,31 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     return *grads, *(None,) * 7
 
 
-def _differentiable_gradients(
-    dy: Tensor,
-    tensors: list[Tensor | None],
-    need: list[bool],
+def _reference(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor | None,
+    gates: Tensor,
+    source: Tensor | None,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
     routing: Tensor | None,
     seed: Tensor | None,
     stream: int,
     samples: int,
     sampling: str,
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        # views, so that a tensor computed from another argument is not differentiated through
-        x, read, write, acts, gates, source, delta, weight, bias = views = [
-            None if t is None else t.view_as(t) for t in tensors
-        ]
-        assert x is not None and read is not None and write is not None and gates is not None
-        acts = x @ read if acts is None else acts
-        gates = gates.repeat(x.shape[0] // max(gates.shape[0], 1), 1)
-        if seed is not None:
-            masks = reference.stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
-        else:
-            masks = gates if source is None else masked(gates, source)
-        y = apply(x, acts, write, masks, bias, weight, delta, routing)
-        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(y.expand_as(dy), wanted, dy, create_graph=True))
-    return [next(found) if needed else None for needed in need]
+) -> Tensor:
+    """What the op computes, from the reference's pieces: differentiable to any order."""
+    acts = x @ read if acts is None else acts
+    gates = gates.repeat(x.shape[0] // max(gates.shape[0], 1), 1)
+    if seed is not None:
+        masks = reference.stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
+    else:
+        masks = gates if source is None else masked(gates, source)
+    return apply(x, acts, write, masks, bias, weight, delta, routing).expand(samples, -1, -1)
 
 
 _dispatch.register_autograd(rank1_op, _autograd, _setup_context)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import ranking as composite
-from bilinear_ops.composite.blocks import without_autocast
 from bilinear_ops.entries import interaction_entries
 from bilinear_ops.interaction import backend, check_layer, factors
 from bilinear_ops.reference.interaction import (
@@ -22,7 +21,7 @@ from bilinear_ops.reference.interaction import (
 )
 
 
-@without_autocast
+@_dispatch.without_autocast
 def interaction_topk(
     w: Tensor,
     v: Tensor,

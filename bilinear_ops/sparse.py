@@ -1,4 +1,4 @@
-"""Rank-1 subcomponents of which few are active for each token: public function, op and backward (math.md 3)."""
+"""Rank-1 subcomponents of which few are active for each token: public function, op and backward (docs/math.md 3)."""
 
 from __future__ import annotations
 
@@ -172,24 +172,15 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     x, read, write, indices, gates, bias, acts = ctx.saved_tensors
     need = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:6]]
     if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
-        grads = _differentiable_gradients(dy, [x, read, write, gates, bias], indices, need)
+
+        def sparse(x: Tensor, read: Tensor, write: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
+            return reference.rank1_sparse(x, read, write, indices, gates, bias)
+
+        grads = _dispatch.differentiable_gradients(sparse, (x, read, write, gates, bias), need, dy)
     else:
         dx, dread, *others = sparse_backward_op(dy, x, read, write, indices, gates, acts, need, ctx.impl)
         grads = [g if needed else None for g, needed in zip((dx, dread.t(), *others), need, strict=True)]
     return *grads[:3], None, *grads[3:], None
-
-
-def _differentiable_gradients(
-    dy: Tensor, tensors: list[Tensor | None], indices: Tensor, need: list[bool]
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        # views, so that a tensor computed from another argument is not differentiated through
-        x, read, write, gates, bias = views = [None if t is None else t.view_as(t) for t in tensors]
-        assert x is not None and read is not None and write is not None and gates is not None
-        y = reference.rank1_sparse(x, read, write, indices, gates, bias)
-        wanted = [t for t, needed in zip(views, need, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if needed else None for needed in need]
 
 
 _dispatch.register_autograd(sparse_op, _autograd, _setup_context)

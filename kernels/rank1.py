@@ -20,11 +20,13 @@ from bilinear_ops.reference.rank1 import mask_site
 
 @triton.jit
 def load_gates(ptr, stride_m, stride_c, row, column, M, C, PERIOD, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Gates [ROWS, COLUMNS] in fp32; their rows repeat with PERIOD."""
+    """Gates [ROWS, COLUMNS] in fp32; their rows repeat with PERIOD, where it is given."""
     rows = row + tl.arange(0, ROWS).to(tl.int64)
     columns = column + tl.arange(0, COLUMNS).to(tl.int64)
     inside = (rows < M)[:, None] & (columns < C)[None, :]
-    g = tl.load(ptr + (rows % PERIOD)[:, None] * stride_m + columns[None, :] * stride_c, mask=inside, other=0.0)
+    if PERIOD is not None:
+        rows = rows % PERIOD
+    g = tl.load(ptr + rows[:, None] * stride_m + columns[None, :] * stride_c, mask=inside, other=0.0)
     return g.to(tl.float32)
 
 
@@ -186,7 +188,7 @@ def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: flo
         tile = config.rank1_mask(config.architecture(acts.device))
         with via.on_device_of(acts):
             mask_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(c, tile.columns),)](
-                *_operands(acts, masks), masked_acts, s, m, c, masks.gates.shape[0],
+                *_operands(acts, masks), masked_acts, s, m, c, _period(masks, m),
                 SAMPLING=masks.sampling, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(),
             )  # fmt: skip
     y = y.view(s * m, -1) if y.numel() else y.view(s * m, write.shape[1])
@@ -216,7 +218,7 @@ def masked_apply_backward(
     if dmasked.numel():
         with via.on_device_of(acts):
             mask_backward_kernel[(tiles_m * tiles_c,)](
-                dmasked, *_operands(acts, masks), dacts, dgates, dsource, ddelta, s, m, c, period,
+                dmasked, *_operands(acts, masks), dacts, dgates, dsource, ddelta, s, m, c, _period(masks, m),
                 SAMPLING=masks.sampling, SUM_GATES=sum_gates, SUM_SOURCE=sum_source, KEEP=need_write,
                 ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(),
             )  # fmt: skip
@@ -234,14 +236,21 @@ def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
     m, c = acts.shape
     source = None if masks.source is None else masks.source.expand(masks.samples, m, c)
     routing = None if masks.routing is None else masks.routing.view(torch.uint8)
+    gates = masks.gates.expand(m, c) if masks.gates.shape[0] == 1 else masks.gates
     return (
         acts, *acts.stride(),
-        masks.gates, *masks.gates.stride(),
+        gates, *gates.stride(),
         source, *((0, 0, 0) if source is None else source.stride()),
         masks.delta, *((0, 0) if masks.delta is None else masks.delta.stride()),
         routing, 0 if routing is None else routing.stride(0),
         masks.seed, mask_site(masks.stream),
     )  # fmt: skip
+
+
+def _period(masks: Masks, m: int) -> int | None:
+    """The period of the gates' rows, None where a stride says it all: 64-bit remainders are calls that spill."""
+    period = masks.gates.shape[0]
+    return None if period in (1, m) else period
 
 
 def _gates_gradient(partial: Tensor, gates: Tensor) -> Tensor:

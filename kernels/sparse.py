@@ -28,7 +28,7 @@ def dots_kernel(
     active = tl.load(indices_ptr + token * K + k, mask=k < K, other=0)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
+        d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)
         b_x = tl.load(x_ptr + token * stride_xm + d * stride_xd, mask=d < D, other=0.0).to(tl.float32)
         inside = (k < K)[:, None] & (d < D)[None, :]
         rows = tl.load(rows_ptr + active[:, None] * stride_rc + d[None, :], mask=inside, other=0.0).to(tl.float32)

@@ -3,7 +3,7 @@
 import os
 import sys
 
-if "gpu" not in " ".join(sys.argv):
+if "gpu" not in sys.argv:  # as in `pytest -m gpu`
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest

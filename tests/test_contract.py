@@ -197,9 +197,46 @@ def test_autocast(impl):
 
 
 def test_meta_and_inference():
-    assert bo.gated_mlp(*(t.to("meta") for t in inputs())).shape == (5, 2)
+    tensors = inputs()
+    assert bo.gated_mlp(*(t.to("meta") for t in tensors)).shape == (5, 2)
     with torch.inference_mode():
-        torch.testing.assert_close(bo.gated_mlp(*inputs()), bo.gated_mlp(*inputs()), rtol=1e9, atol=1e9)
+        torch.testing.assert_close(bo.gated_mlp(*tensors), bo.reference.gated_mlp(*tensors))
+
+
+def _sensitive(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Calls of the ops that never cast, with the arguments to differentiate."""
+    w, v, c = (randn(*s, dtype=dtype, requires_grad=True) for s in ((4, 3), (4, 3), (2, 4)))
+    read, write = randn(3, 4, dtype=dtype, requires_grad=True), randn(4, 5, dtype=dtype, requires_grad=True)
+    weight = ((read @ write).t() + 1e-3 * randn(5, 3)).detach().requires_grad_()
+    return {
+        "interaction_matrices": (bo.interaction_matrices, (w, v, c)),
+        "faithfulness_loss": (bo.faithfulness_loss, (weight, read, write)),
+        "rank1_accumulate": (bo.rank1_accumulate, (torch.rand(2, 4, requires_grad=True), read, write)),
+        "quadratic_form": (bo.quadratic_form, (randn(5, 3, requires_grad=True), randn(2, 3, 3, requires_grad=True))),
+    }
+
+
+@pytest.mark.parametrize("name", _sensitive())
+def test_no_cast_under_autocast(name):
+    """Sums that cancel keep their precision: called and under vmap, for first and second derivatives."""
+    f, tensors = _sensitive()[name]
+
+    def results(enabled: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = f(*tensors)
+            mapped = torch.func.vmap(lambda t: f(t, *tensors[1:]))(torch.stack([tensors[0]] * 2).detach())
+        once = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        return [y, mapped, *once, *torch.autograd.grad(sum(g.square().sum() for g in once), tensors)]
+
+    torch.testing.assert_close(results(True), results(False))
+
+
+def test_no_cast_in_a_registered_backward():
+    f, tensors = _sensitive()["faithfulness_loss"]
+    expected = torch.autograd.grad(f(*tensors), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # not recommended, but done
+        for create_graph in (False, True):
+            torch.testing.assert_close(torch.autograd.grad(f(*tensors), tensors, create_graph=create_graph), expected)
 
 
 def test_modules_copy_and_pickle():

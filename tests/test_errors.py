@@ -42,6 +42,7 @@ CASES = {
         RuntimeError,
         "beta must be on",
     ),
+    "type of beta": (dict(activation="swish", beta="1"), TypeError, "beta must be a float or a 0-dim tensor, got str"),
     "impl": (dict(impl="cuda"), ValueError, "impl must be .*got 'cuda'"),
 }
 

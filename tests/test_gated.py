@@ -38,9 +38,9 @@ def mlp(module, activation: str, **options):
 
 def assert_right(tensors: list[Tensor | None], activation: str, impl: str, dy: Tensor | None = None, **options) -> None:
     if activation == "swish":
-        tensors = [*tensors, torch.tensor(0.7)]
+        tensors = [*tensors, torch.tensor(0.7, device=tensors[0].device)]
     x, p = tensors[0], tensors[3]
-    dy = randn(*x.shape[:-1], p.shape[0], dtype=x.dtype) if dy is None else dy
+    dy = randn(*x.shape[:-1], p.shape[0], dtype=x.dtype).to(x.device) if dy is None else dy
     ours = testing.gradients(mlp(bo, activation, impl=impl, **options), tensors, dy)
     eager = testing.gradients(mlp(bo.reference, activation), tensors, dy)
     gold = testing.gradients(

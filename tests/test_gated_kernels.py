@@ -120,7 +120,7 @@ def test_table_sends_each_case_down_its_path(monkeypatch):
 
 @pytest.mark.parametrize("spelling", ("new", "old"))
 def test_tf32_switch_is_read_in_either_spelling(spelling):
-    before = torch.get_float32_matmul_precision()
+    before, old = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
     try:
         assert not config.tf32_allowed()
         if spelling == "new":
@@ -129,8 +129,8 @@ def test_tf32_switch_is_read_in_either_spelling(spelling):
             torch.set_float32_matmul_precision("high")
         assert config.tf32_allowed()
     finally:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(old)
+        torch.backends.cuda.matmul.fp32_precision = before
     assert not config.tf32_allowed()
 
 

@@ -33,6 +33,14 @@ def test_initialised_as_linear():
     assert layer.b_p.abs().max() <= 512**-0.5
 
 
+def test_beta_is_the_layers_own():
+    beta = torch.tensor(0.5)
+    layer = bo.nn.GatedMLP(3, 4, activation="swish", beta=beta)
+    layer.beta.zero_()
+    assert beta == 0.5
+    assert "beta" not in repr(bo.nn.GatedMLP(3, 4, activation="swish", device="meta"))  # its value is not known
+
+
 def test_trainable_beta():
     layer = bo.nn.GatedMLP(3, 4, activation="swish", beta=nn.Parameter(torch.tensor(0.5)))
     layer(randn(5, 3)).sum().backward()

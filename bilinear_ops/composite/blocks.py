@@ -1,8 +1,7 @@
-"""Large intermediates one block at a time, differentiable to any order without keeping them (architecture.md)."""
+"""Large intermediates one block at a time, differentiable to any order without keeping them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,20 +25,6 @@ def recompute(f: Callable[..., Tensor], *args: Any) -> Tensor:
     from torch.utils.checkpoint import checkpoint
 
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Interaction ops keep the precision they are given: their sums cancel too much for a cast."""
-
-    @functools.wraps(f)
-    def wrapped(x: Tensor, *args: Any, **options: Any) -> Any:
-        kind = x.device.type if isinstance(x, Tensor) else "meta"
-        if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return f(x, *args, **options)
-        with torch.autocast(kind, enabled=False):
-            return f(x, *args, **options)
-
-    return wrapped
 
 
 def widen(*tensors: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The eigenvector form at chosen (token, output) pairs: pairs of one output share one small GEMM (math.md 2)."""
+"""The eigenvector form at chosen (token, output) pairs: pairs of one output share one small GEMM (docs/math.md 2)."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def eigen_pairs_backward(
         dout = dout.unsqueeze(1).expand(-1, values.shape[1])
     elif reduce == "cumsum":
         dout = dout.flip(1).cumsum(1).flip(1)
-    dx = torch.zeros_like(x) if need_x else x.new_empty(0)
-    dvalues = torch.zeros_like(values) if need_values else x.new_empty(0)
+    dx = x.new_zeros(x.shape) if need_x else x.new_empty(0)
+    dvalues = values.new_zeros(values.shape) if need_values else x.new_empty(0)
     dvectors = x.new_zeros(vectors.shape) if need_vectors else x.new_empty(0)
     for outputs, pairs, valid, z in _activations(x, vectors, t, k):
         g = dout[pairs] * valid.unsqueeze(2)  # [outputs, m, r]

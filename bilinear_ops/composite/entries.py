@@ -1,4 +1,4 @@
-"""Single elements of interaction matrices, no matrix formed: a block of gathered rows at a time (math.md 2)."""
+"""Single elements of interaction matrices, no matrix formed: a block of gathered rows at a time (docs/math.md 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean squared difference between a weight and its subcomponents, a band of output rows at a time (math.md 3).
+"""Mean squared difference between a weight and its subcomponents, a band of output rows at a time (docs/math.md 3).
 
 Through the residual, never through Gram matrices: those are wrong by factors where the fit is good.
 """

@@ -1,4 +1,4 @@
-"""Quadratic and eigenvector forms, a block of tokens and outputs at a time (math.md 2; [P] eq. 2-3)."""
+"""Quadratic and eigenvector forms, a block of tokens and outputs at a time (docs/math.md 2; [P] eq. 2-3)."""
 
 from __future__ import annotations
 

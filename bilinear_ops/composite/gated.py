@@ -16,6 +16,20 @@ aten = torch.ops.aten
 
 CACHED_BYTES = 1 << 20  # of each matrix in a block of rows: several fit the last-level cache, and blocks are few
 
+BLOCK_BYTES = 8 << 20  # of [da | dz] in a block of the backward's rows: an allocator uses such a block again and again
+
+
+def row_blocks(x: Tensor, h: int) -> list[slice]:
+    """Rows of x for which the backward is computed at a time; on CPU few, so that its temporaries stay small.
+
+    All in half precision: there every block would round the sums over rows once more.
+    """
+    m = x.shape[0]
+    rows = max(BLOCK_BYTES // max(2 * h * x.itemsize, 1), 128) * torch.get_num_threads()
+    if m <= rows or x.itemsize < 4 or x.device.type != "cpu":
+        return [slice(0, m)]
+    return [slice(start, start + rows) for start in range(0, m, rows)]
+
 
 def gate_forward(
     x: Tensor,

@@ -1,4 +1,4 @@
-"""Frobenius inner products of bilinear tensors from their factors, a tile of neuron pairs at a time (math.md 2)."""
+"""Frobenius inner products of bilinear tensors from factors, a tile of neuron pairs at a time (docs/math.md 2)."""
 
 from __future__ import annotations
 

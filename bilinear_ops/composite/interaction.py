@@ -1,4 +1,4 @@
-"""Interaction matrices and their gradients in the cheapest order of contraction (math.md 2, algorithms.md).
+"""Interaction matrices and their gradients in the cheapest order of contraction (docs/math.md 2).
 
 - loop: W^T (c_k * V) for one direction after another, 2 K h d^2 FLOPs: few directions.
 - pairs: all directions at once for a tile of pairs i <= j, Q[:, ij] = C S_ij with the Khatri-Rao factor

@@ -1,4 +1,4 @@
-"""The strongest interactions and the moments of interaction matrices, streamed: a tile at a time (algorithms.md).
+"""The strongest interactions and the moments of interaction matrices, streamed: a tile at a time.
 
 A feature basis is entered through d: D^T (Q_k D), half of whose tiles suffice; `matrices` forms the Q_k [K, d, d].
 Without one, many outputs share the Khatri-Rao factor of a tile of pairs, and no Q_k is formed at all.

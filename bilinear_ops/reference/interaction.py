@@ -1,4 +1,4 @@
-"""Quantities of the bilinear tensor B_oij = sum_h P_oh 1/2 (W_hi V_hj + W_hj V_hi) (math.md 2; [P] 3.1).
+"""Quantities of the bilinear tensor B_oij = sum_h P_oh 1/2 (W_hi V_hj + W_hj V_hi) (docs/math.md 2; [P] 3.1).
 
 Everything is formed in full, so these are for small sizes; indices and results of functions with a `basis` [d, F]
 live in that feature basis.

@@ -1,4 +1,4 @@
-"""Masked rank-1 subcomponents as the papers write them: plain PyTorch, differentiable, any dtype (math.md 3; [SPD])."""
+"""Masked rank-1 subcomponents as the papers write them: plain, differentiable PyTorch (docs/math.md 3; [SPD])."""
 
 from __future__ import annotations
 

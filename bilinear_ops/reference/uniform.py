@@ -1,4 +1,4 @@
-"""The counter-based uniforms behind every stochastic mask: splitmix64 with random access (math.md 3).
+"""The counter-based uniforms behind every stochastic mask: splitmix64 with random access (docs/math.md 3).
 
 splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) started at a state gives
 mix(state + (n + 1) GOLDEN) as its n-th word, so any word can be drawn alone. Three of them are nested: the seed's words
