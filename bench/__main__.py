@@ -18,12 +18,12 @@ from bench import gpu, receipts
 from bench.measure import Result, check, measure
 from bench.workload import SIZES, workloads
 
-HEADER = f"{'workload':58} {'ours':>10} {'best baseline':>26} {'ratio':>6} {'eager':>6} {'memory':>6} {'noise':>6}"
+HEADER = f"{'workload':74} {'ours':>10} {'best baseline':>26} {'ratio':>6} {'eager':>6} {'memory':>6} {'noise':>6}"
 
 
 def row(result: Result) -> str:
     """A line of the table: time, and how many times faster, and with what part of eager's memory."""
-    name = f"{result.workload!s:58}"
+    name = f"{result.workload!s:74}"
     if "ours" not in result.timings:
         return f"{name} {'FAILED: ' + result.failed['ours'] if 'ours' in result.failed else 'right, not timed'}"
     ours = result.timings["ours"]

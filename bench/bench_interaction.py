@@ -1,4 +1,4 @@
-"""Interaction tensors against what people run today (benchmarks.md, workloads 2, 4, 5 and 7)."""
+"""Interaction tensors against forming them as people do today: matrices, rankings, eigenpairs and inner products."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Tensors, Workload, forward
+from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler
 
-MATRICES = {
-    "tiny": [(3, 8, 12), (60, 8, 12)],
-    "quick": [(10, 512, 512), (1024, 256, 1024)],
-    "full": [(10, 784, 512), (512, 784, 2048), (1024, 256, 1024), (512, 1024, 4096), (64, 2048, 8192)],
+MATRICES = {  # (outputs, d, h)
+    ("cpu", "tiny"): [(5, 24, 40), (40, 16, 33)],
+    ("cpu", "quick"): [(10, 96, 128), (256, 48, 128)],
+    ("cpu", "full"): [(10, 784, 512), (1024, 256, 1024), (64, 784, 2048)],
+    ("cuda", "tiny"): [(10, 128, 128), (256, 64, 128)],
+    ("cuda", "quick"): [(64, 512, 1024), (1024, 256, 1024)],
+    ("cuda", "full"): [(10, 784, 512), (512, 784, 2048), (1024, 256, 1024), (512, 1024, 4096), (64, 2048, 8192)],
 }
-RANKING = {"tiny": (8, 16, 32, 40), "quick": (16, 512, 1024, 2048), "full": (256, 512, 1024, 2048)}  # K, d, h, F
-PAIRS = {"tiny": (9, 20, 4, 16, 3), "quick": (511, 1024, 64, 512, 30), "full": (511, 4096, 64, 512, 30)}
-INNER = {"tiny": (8, 16, 6), "quick": (256, 1024, 256), "full": (512, 2048, 512)}  # d, h, o
+RANKINGS = {  # (outputs, d, h, features)
+    ("cpu", "tiny"): (4, 16, 33, 40),
+    ("cpu", "quick"): (16, 128, 256, 256),
+    ("cpu", "full"): (64, 512, 1024, 2048),
+    ("cuda", "tiny"): (8, 64, 128, 128),
+    ("cuda", "quick"): (64, 512, 1024, 2048),
+    ("cuda", "full"): (2048, 512, 1024, 2048),
+}
+STRONGEST = 100
+EIGENPAIRS = {  # (tokens, outputs, rank, d, active outputs of a token)
+    "tiny": [(33, 40, 5, 24, 3)],
+    "quick": [(128, 512, 16, 128, 8)],
+    "full": [(511, 4096, 64, 512, 30), (511, 16384, 64, 512, 30)],
+}
+LAYERS = {"tiny": (12, 33, 10), "quick": (64, 256, 64), "full": (256, 1024, 256)}  # (d, h, outputs)
+OTHERS = 4  # layers that one layer is compared with
+CHUNK = 1 << 26  # bytes of what a reference forms at a time
 
 
 def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
-    for shape in MATRICES[size]:
-        yield _matrices(device, impl, *shape)
-    yield _ranking(device, impl, *RANKING[size])
-    yield _pairs(device, *PAIRS[size])
-    yield _inner(device, *INNER[size])
-
-
-def _workload(
-    op: str,
-    case: str,
-    shape: dict[str, int],
-    inputs: Callable[[int], Tensors],
-    reference: Callable[..., Tensor],
-    ours: Callable[..., Tensor],
-    baselines: dict[str, Callable[..., Tensor]],
-    flops: int,
-    elements: int,
-) -> Workload:
-    timed = {name: forward(f) for name, f in baselines.items()}
-    return Workload(
-        op, case, shape, torch.float32, inputs, forward(reference), forward(ours), timed, flops, 4 * elements
-    )
-
-
-def _draw(device: torch.device, seed: int, *shapes: tuple[int, ...]) -> Tensors:
-    """Tensors whose products keep unit scale."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return tuple(torch.randn(s, generator=generator, device=device) / s[-1] ** 0.5 for s in shapes)
+    for outputs, d, h in MATRICES[device.type, size]:
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            yield _matrices(device, size, impl, outputs, d, h, dtype)
+            if outputs > d:
+                yield _low_rank(device, size, impl, outputs, d, h, dtype)
+    yield _ranking(device, impl, *RANKINGS[device.type, size])
+    if impl == "triton":
+        return  # the rest is library calls: no kernel of ours would be run
+    for tokens, outputs, rank, d, active in EIGENPAIRS[size][: None if device.type == "cuda" else 1]:
+        yield _eigenpairs(device, tokens, outputs, rank, d, active)
+    yield _inner(device, *LAYERS[size])
 
 
 def _einsum(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
@@ -56,91 +56,176 @@ def _einsum(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
     return 0.5 * (q + q.mT)
 
 
-def _flat_bmm(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    q = ((c.unsqueeze(1) * w.t()).flatten(0, 1) @ v).unflatten(0, (-1, w.shape[1]))
-    return q.add_(q.mT.clone()).mul_(0.5)
+def _einsum_of_factors(w: Tensor, v: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    q = torch.einsum("ko,oh,hi,hj->kij", u, p, w, v)
+    return 0.5 * (q + q.mT)
 
 
-def _matrices(device: torch.device, impl: str, K: int, d: int, h: int) -> Workload:
-    return _workload(
-        "interaction_matrices",
-        "full",
-        {"K": K, "d": d, "h": h},
-        lambda seed: _draw(device, seed, (h, d), (h, d), (K, h)),
-        bo.reference.interaction_matrices,
-        lambda w, v, c: bo.interaction_matrices(w, v, c, impl=impl),
-        {"einsum": _einsum, "flat bmm": _flat_bmm} if K * h * d <= 1 << 29 else {"einsum": _einsum},
-        K * h * d * d,
-        2 * h * d + K * h + K * d * d,
+def _scaled(w: Tensor, v: Tensor, c: Tensor) -> Tensors:
+    """The operands of the one large product: [K d, h] and [h, d]."""
+    return (c.unsqueeze(1) * w.t()).flatten(0, 1), v
+
+
+def _flat(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    q = torch.mm(*_scaled(w, v, c)).unflatten(0, (-1, w.shape[1]))
+    return 0.5 * (q + q.mT)
+
+
+def _in_chunks(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """The reference, whose workspace of [K, d, h] would not fit in float64 at once."""
+    return torch.cat([q for _, q in bo.reference.iter_interaction_matrices(w, v, c, chunk_bytes=CHUNK)])
+
+
+def _matrices(device: torch.device, size: str, impl: str, outputs: int, d: int, h: int, dtype: torch.dtype) -> Workload:
+    baselines = {"eager": forward(_einsum), "flat bmm": forward(_flat)}
+    if has_compiler(device) and size == "full":
+        baselines["flat bmm, compiled"] = forward(compiled(_flat))
+    return Workload(
+        op="interaction_matrices",
+        case="coefficients",
+        shape={"K": outputs, "d": d, "h": h},
+        dtype=dtype,
+        inputs=draw(device, dtype, ((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5)),
+        reference=forward(_in_chunks),
+        ours=forward(lambda w, v, c: bo.interaction_matrices(w, v, c, impl=impl)),
+        baselines=baselines,
+        flops=2 * outputs * d * d * h,
+        bytes=(2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize,
+        bounds={"matmul": forward(torch.mm, _scaled)},
     )
 
 
-def _one_by_one(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
+def _low_rank(device: torch.device, size: str, impl: str, outputs: int, d: int, h: int, dtype: torch.dtype) -> Workload:
+    """More outputs than the layer has dimensions: directions u times a down-projection p of rank d."""
+
+    def of_product(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda w, v, u, p: fn(w, v, u @ p)
+
+    baselines = {"eager": forward(_einsum_of_factors), "flat bmm": forward(of_product(_flat))}
+    if has_compiler(device) and size == "full":
+        baselines["flat bmm, compiled"] = forward(compiled(of_product(_flat)))
+    up = ((h, d), d**-0.5)
+    return Workload(
+        op="interaction_matrices",
+        case="directions",
+        shape={"K": outputs, "d": d, "h": h},
+        dtype=dtype,
+        inputs=draw(device, dtype, up, up, ((outputs, d), d**-0.5), ((d, h), h**-0.5)),
+        reference=forward(of_product(_in_chunks)),
+        ours=forward(lambda w, v, u, p: bo.interaction_matrices(w, v, bo.Directions(u, p), impl=impl)),
+        baselines=baselines,
+        flops=2 * d * d * d * h + outputs * d * d * (d + 1),  # d matrices, then sums of their upper triangles
+        bytes=(3 * h * d + outputs * d + outputs * d * d) * dtype.itemsize,
+    )
+
+
+def _strongest(scores: list[Tensor]) -> Tensor:
+    """Magnitudes in falling order: near-ties may change places between precisions, and their values hardly."""
+    return torch.cat(scores).abs().topk(STRONGEST).values
+
+
+def _ranked_one_by_one(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
     """Every output's matrix in turn: tril, topk, and the best of all."""
     best = []
     for row in c:
         q = (w.t() * row) @ v
-        q = (basis.t() @ ((q + q.t()) @ basis)).tril(-1).flatten()  # the sum of both triangles: 2 Q_ij
-        best.append(q[q.abs().topk(100).indices])
-    scores = torch.cat(best)
-    return scores[scores.abs().topk(100).indices].abs()
+        q = (basis.t() @ ((q + q.t()) @ basis)).tril(-1).flatten()  # the two triangles' sum: 2 Q_ij
+        best.append(q[q.abs().topk(STRONGEST).indices])
+    return _strongest(best)
 
 
-def _ranking(device: torch.device, impl: str, K: int, d: int, h: int, features: int) -> Workload:
-    options = {"scope": "global"}
-    return _workload(
-        "interaction_topk",
-        "global, basis",
-        {"K": K, "d": d, "h": h, "F": features},
-        lambda seed: _draw(device, seed, (h, d), (h, d), (K, h), (d, features)),
-        _one_by_one,  # the reference would hold every matrix at once
-        lambda w, v, c, basis: bo.interaction_topk(w, v, c, 100, basis=basis, impl=impl, **options).values.abs(),
-        {"loop, tril, topk": _one_by_one},
-        K * d * features * (2 * d + features),
-        2 * h * d + K * h + d * features,
+def _ranking(device: torch.device, impl: str, outputs: int, d: int, h: int, features: int) -> Workload:
+    def reference(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
+        """One output at a time: all at once would be sorted as one array of K F (F - 1) / 2."""
+        found = (bo.reference.interaction_topk(w, v, row[None], STRONGEST, basis=basis).values[0] for row in c)
+        return _strongest(list(found))
+
+    def ours(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
+        return bo.interaction_topk(w, v, c, STRONGEST, scope="global", basis=basis, impl=impl).values.abs()
+
+    up, down, into = ((h, d), d**-0.5), ((outputs, h), h**-0.5), ((d, features), d**-0.5)
+    return Workload(
+        op="interaction_topk",
+        case=f"global, {STRONGEST}",
+        shape={"K": outputs, "d": d, "h": h, "F": features},
+        dtype=torch.float32,
+        inputs=draw(device, torch.float32, up, up, down, into),
+        reference=forward(reference),
+        ours=forward(ours),
+        baselines={"eager": forward(_ranked_one_by_one)},
+        # of each output the matrix, then its pairs of features: in the order of products that needs the least
+        flops=2 * outputs * min(d * d * h + d * d * features + d * features * features // 2, features * features * h),
+        bytes=4 * (2 * h * d + outputs * h + d * features),
     )
 
 
-def _pairs(device: torch.device, tokens: int, K: int, r: int, d: int, active: int) -> Workload:
-    generator = torch.Generator(device).manual_seed(0)
-    k = torch.rand(tokens, K, generator=generator, device=device).topk(active, 1).indices.flatten()
-    t = torch.arange(tokens, device=device).repeat_interleave(active)
-    mask = torch.zeros(tokens, K, dtype=torch.bool, device=device)
-    mask[t, k] = True
+def _eigenpairs(device: torch.device, tokens: int, outputs: int, rank: int, d: int, active: int) -> Workload:
+    def inputs(seed: int) -> Tensors:
+        tensors = ((tokens, d), d**-0.5), ((outputs, rank), 1.0), ((outputs, rank, d), 1.0), ((tokens, outputs), 1.0)
+        x, values, vectors, strength = draw(device, torch.float32, *tensors)(seed)
+        k = strength.topk(active, 1).indices.flatten()
+        return x, values, vectors, torch.arange(tokens, device=device).repeat_interleave(active), k
 
-    def dense(x: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-        z = (x @ vectors.flatten(0, 1).t()).unflatten(1, (K, r)).square_()
-        return ((z * values).sum(2) * mask)[t, k]
+    def reference(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Tensor:
+        """Some pairs at a time: the reference copies every pair's vectors."""
+        step = max(1, CHUNK // (8 * rank * d))
+        pairs = zip(t.split(step), k.split(step), strict=True)
+        return torch.cat([bo.reference.eigen_form(x, values, vectors, pairs=pair) for pair in pairs])
 
-    return _workload(
-        "eigen_form",
-        "pairs",
-        {"tokens": tokens, "K": K, "r": r, "d": d, "active": active},
-        lambda seed: _draw(device, seed, (tokens, d), (K, r), (K, r, d)),
-        dense,  # the reference would gather the eigenvectors of every pair
-        lambda x, values, vectors: bo.eigen_form(x, values, vectors, pairs=(t, k)),
-        {"dense, square, sum, mask": dense},
-        2 * t.numel() * r * d,
-        tokens * d + K * r * (d + 1),
+    def masked(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        z = (x @ vectors.flatten(0, 1).t()).unflatten(1, (outputs, rank)).square_()
+        return ((z * values).cumsum(2)[..., -1] * mask)[t, k]
+
+    def with_mask(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Tensors:
+        mask = x.new_zeros(tokens, outputs).index_put_((t, k), x.new_ones(()))
+        return x, values, vectors, t, k, mask
+
+    def gathered(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Tensor:
+        z = torch.bmm(vectors[k], x[t].unsqueeze(2)).squeeze(2)
+        return (values[k] * z.square()).sum(1)
+
+    pairs = tokens * active
+    return Workload(
+        op="eigen_form",
+        case=f"pairs, {active} active",
+        shape={"m": tokens, "K": outputs, "r": rank, "d": d},
+        dtype=torch.float32,
+        inputs=inputs,
+        reference=forward(reference),
+        ours=forward(lambda x, values, vectors, t, k: bo.eigen_form(x, values, vectors, pairs=(t, k))),
+        baselines={"eager": forward(masked, with_mask), "gathered bmm": forward(gathered)},
+        flops=2 * pairs * rank * d,
+        bytes=4 * (tokens * d + min(outputs, pairs) * rank * (d + 1) + pairs) + 16 * pairs,
     )
 
 
-def _inner(device: torch.device, d: int, h: int, o: int) -> Workload:
-    def both_tensors(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:
-        return (_einsum(w1, v1, p1) * _einsum(w2, v2, p2)).sum()
+def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
+    """One layer against several near it: of a single number, the rounding error may be anything."""
 
     def inputs(seed: int) -> Tensors:
-        w, v, p, dw, dv = _draw(device, seed, (h, d), (h, d), (o, h), (h, d), (h, d))
-        return w, v, p, w + 0.1 * dw, v + 0.1 * dv, p
+        up, down = ((h, d), d**-0.5), ((outputs, h), h**-0.5)
+        others = [((OTHERS, *shape), 0.1 * scale) for shape, scale in (up, up, down)]
+        w, v, p, *changes = draw(device, torch.float32, up, up, down, *others)(seed)
+        return w, v, p, w + changes[0], v + changes[1], p + changes[2]
 
-    return _workload(
-        "layer_inner",
-        "two layers",
-        {"d": d, "h": h, "o": o},
-        inputs,
-        bo.reference.layer_inner,
-        bo.layer_inner,
-        {"both tensors": both_tensors},
-        h * h * (8 * d + 2 * o),
-        2 * h * (2 * d + o),
+    def against_each(inner: Callable[..., Tensor]) -> Contender:
+        return forward(
+            lambda w, v, p, *others: torch.stack([inner(w, v, p, *other) for other in zip(*others, strict=True)])
+        )
+
+    def formed(w: Tensor, v: Tensor, p: Tensor, *others: Tensor) -> Tensor:
+        b = _flat(w, v, p)
+        return torch.stack([(b * _flat(*other)).sum() for other in zip(*others, strict=True)])
+
+    return Workload(
+        op="layer_inner",
+        case=f"{OTHERS} others",
+        shape={"d": d, "h": h, "o": outputs},
+        dtype=torch.float32,
+        inputs=inputs,
+        reference=against_each(bo.reference.layer_inner),
+        ours=against_each(bo.layer_inner),
+        baselines={"eager": forward(formed)},
+        flops=2 * OTHERS * h * h * (4 * d + outputs),
+        bytes=4 * (1 + OTHERS) * h * (2 * d + outputs),
     )

@@ -27,7 +27,7 @@ LISTS: dict[str, Callable[[torch.device, str], list[Workload]]] = {"workloads": 
 COMPILING = 0.3  # of the time, at most, goes to compilation
 REPEATS = 20
 PATIENCE = 120.0  # seconds for one workload before its process is ended
-ROW = "{:66} {:>9} {:>26} {:>6}  {}"
+ROW = "{:74} {:>9} {:>26} {:>6}  {}"
 
 
 class Session:
