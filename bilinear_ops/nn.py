@@ -157,7 +157,14 @@ class GatedMLP(_Gated):
 
     @classmethod
     def from_linear(
-        cls, *, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str, beta: float | Tensor = 1.0
+        cls,
+        *,
+        gate: nn.Linear,
+        up: nn.Linear,
+        down: nn.Linear,
+        activation: str,
+        beta: float | Tensor = 1.0,
+        recompute: bool = False,
     ) -> Self:
         """The layer of three Linears, sharing their parameters: a Llama-style MLP, dropped in.
 
@@ -167,7 +174,8 @@ class GatedMLP(_Gated):
         if gate.weight.shape != (h, d) or down.weight.shape[1] != h:
             shapes = ", ".join(f"{list(m.weight.shape)}" for m in (gate, up, down))
             raise ValueError(f"gate, up, down must have weights [h, d], [h, d], [o, h], got {shapes}")
-        layer = cls(d, h, o, activation=activation, beta=beta, device="meta", dtype=up.weight.dtype)
+        options: dict[str, Any] = {"activation": activation, "beta": beta, "recompute": recompute}
+        layer = cls(d, h, o, **options, device="meta", dtype=up.weight.dtype)
         layer._keep_beta(beta, up.weight.device)
         for name, linear in (("w", up), ("v", gate), ("p", down)):
             setattr(layer, name, linear.weight)

@@ -50,7 +50,8 @@ def test_trainable_beta():
 @pytest.mark.parametrize("bias", (False, True))
 def test_from_linear_shares_the_parameters(bias):
     gate, up, down = nn.Linear(3, 4, bias=bias), nn.Linear(3, 4, bias=bias), nn.Linear(4, 3, bias=bias)
-    layer = bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, activation="silu")
+    layer = bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, activation="silu", recompute=True)
+    assert layer.recompute
     x = randn(5, 3)
     torch.testing.assert_close(layer(x), down(up(x) * nn.functional.silu(gate(x))))
     assert layer.w is up.weight and layer.v is gate.weight and layer.p is down.weight and layer.b_p is down.bias
