@@ -54,7 +54,7 @@ def eigen_form(
 
     Args:
         x: `[..., d]`; `[M, d]` with `pairs`.
-        values, vectors: `[K, r]` and `[K, r, d]`; rows of vectors are eigenvectors, so of `torch.linalg.eigh` pass `vectors.mT`.
+        values, vectors: `[K, r]` and `[K, r, d]`; eigenvectors are rows: of `torch.linalg.eigh` pass `vectors.mT`.
         pairs: `(t, k)`, int64 `[N]` each: only these rows of x with these outputs.
         reduce: "sum" over i; "cumsum" for all truncations at once; "none" for each eigenvector's term.
 
