@@ -264,6 +264,8 @@ def _forward(
     y = x.new_empty(samples, x.shape[0], write.shape[1])
     if delta is not None and weight is not None:
         torch.mul(delta[..., None], x @ weight.t(), out=y)  # one product with the original weight for all samples
+        if routing is not None:  # 0 * inf: an overflow of the original weight is not theirs who do not use it
+            y.masked_fill_(((delta == 0) & routing)[..., None], 0.0)
         if bias is not None:
             y += bias
     elif bias is not None:

@@ -325,3 +325,13 @@ def test_nan_stays_in_its_token(impl):
     tensors["x"][1, 3] = float("nan")
     y = bo.stochastic_rank1_linear(**tensors, samples=2, seed=3, impl=impl)
     assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_overflow_of_the_weight_stays_with_the_tokens_routed_to_it(impl):
+    x, read, write, weight = (torch.randn(*s) for s in ((4, 6), (6, 3), (3, 5), (5, 6)))
+    weight[0] = float("inf")
+    routing = torch.tensor([True, False, True, True])
+    y = bo.rank1_linear(x, read, write, weight=weight, routing=routing, impl=impl)
+    assert y[routing].isfinite().all() and not y[~routing].isfinite().all()
+    torch.testing.assert_close(y[routing], bo.reference.rank1_linear(x[routing], read, write))
