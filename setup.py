@@ -8,6 +8,7 @@ from setuptools import setup
 setup(
     packages=[
         "bilinear_ops",
+        "bilinear_ops.analysis",
         "bilinear_ops.composite",
         "bilinear_ops.kernels",
         "bilinear_ops.reference",

@@ -25,11 +25,11 @@ MAY_IMPORT = {
     "ops": {"torch", "bilinear_ops.reference", "bilinear_ops.composite", "bilinear_ops.kernels"},
     "nn": {"torch", "bilinear_ops.reference", "bilinear_ops.ops"},
     "init": {"torch", "bilinear_ops.reference", "bilinear_ops.ops"},
-    "analysis": {"torch", "bilinear_ops.reference", "bilinear_ops.ops"},
+    "analysis": {"torch", "tqdm", "bilinear_ops.reference", "bilinear_ops.composite", "bilinear_ops.ops"},
     "testing": {"torch", "bilinear_ops.reference"},
 }
 ABOVE = {"__init__", "__main__", "demo", "environment", "integrations", "plots"}  # anything but kernels
-LAZY = {"triton", "bilinear_ops.kernels", "numpy", "sklearn", "matplotlib", "transformers"}  # in functions only
+LAZY = {"triton", "bilinear_ops.kernels", "numpy", "sklearn", "matplotlib", "tqdm", "transformers"}  # in functions only
 
 
 def folder(module: str) -> str:
