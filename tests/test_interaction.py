@@ -193,7 +193,7 @@ def peak_bytes(run, K, d, h):
 
 
 def peak_allocation(run):
-    """Bytes of tensors that `run` holds at most at any moment: every allocation and release, as the profiler saw them."""
+    """Bytes of tensors that `run` holds at most at any moment, by the profiler's record of allocations."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         run()
