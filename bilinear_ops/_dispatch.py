@@ -30,6 +30,7 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
     Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
     """
     sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}  # which argument a size is that of
     first: Tensor | None = None
     first_name = ""
     for name, (t, spec) in arguments.items():
@@ -55,7 +56,10 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
         bound = dict(sizes)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
-            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}")
+            origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
+            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}{origin}")
+        for axis in axes:
+            owner.setdefault(axis, name)
     return sizes
 
 

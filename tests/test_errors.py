@@ -14,7 +14,7 @@ def layer(**changes):
 
 
 CASES = {
-    "inner size of x": (dict(x=randn(5, 7)), RuntimeError, r"w must have shape \[h, d=7\], got \[4, 3\]"),
+    "inner size of x": (dict(x=randn(5, 7)), RuntimeError, r"w must .* \[h, d=7\], got \[4, 3\]; d is that of x"),
     "x without dimensions": (dict(x=torch.tensor(1.0)), RuntimeError, r"x must have shape \[..., d\], got \[\]"),
     "rows of v": (dict(v=randn(5, 3)), RuntimeError, r"v must have shape \[h=4, d=3\], got \[5, 3\]"),
     "w one-dimensional": (dict(w=randn(3)), RuntimeError, r"w must have shape \[h, d=3\], got \[3\]"),
