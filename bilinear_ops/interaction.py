@@ -64,7 +64,7 @@ def iter_interaction_matrices(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     impl = _dispatch.resolve(impl, w)
-    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes)
+    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes, impl)
     return _chunks(w, v, c, layout, step, impl)
 
 
@@ -78,13 +78,13 @@ def _chunks(
         yield chunk, interaction_matrices(w, v, part, layout=layout, impl=impl)
 
 
-def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int) -> int:
+def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, impl: str) -> int:
     """The most directions that two chunks and the workspace of one leave within the budget."""
-    d = w.shape[1]
+    d, workspace = w.shape[1], backend(impl).workspace
 
     def needed(outputs: int) -> int:
         result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
-        return 2 * result + composite.workspace(outputs, o, packed, w) * max(4, w.itemsize)
+        return 2 * result + workspace(outputs, o, packed, w) * max(4, w.itemsize)
 
     if needed(1) > chunk_bytes:
         raise ValueError(f"chunk_bytes must be at least {needed(1)} for one direction at a time, got {chunk_bytes}")

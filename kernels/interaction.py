@@ -20,9 +20,10 @@ from bilinear_ops.kernels.config import PairTile
 from bilinear_ops.kernels.tile import INTERPRET, column_quarters
 from bilinear_ops.reference.interaction import unpack_symmetric
 
-__all__ = ["interaction", "interaction_backward"]
+__all__ = ["interaction", "interaction_backward", "workspace"]
 
 SUBTILES = tl.constexpr(4)  # of the epilogue over directions: column_quarters
+MIXED = 1 << 26  # elements of the mixtures of low-rank directions formed at a time: few and large GEMMs
 
 
 @triton.jit
@@ -145,6 +146,22 @@ def interaction(
     return q
 
 
+def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
+    """Elements, at most, that `interaction` holds beside its arguments and its result; o is 0 without factors."""
+    h, d = w.shape
+    if o and composite.two_stage(directions, o, h):
+        stage = o * (d * (d + 1) // 2)
+        mixture = 0 if packed else 2 * min(directions * d * d, max(d * d, MIXED))
+        return stage + max(workspace(o, 0, True, w), mixture)
+    order, tile = config.interaction(config.architecture(w.device), w.dtype, directions, h)
+    product = directions * h if o else 0
+    if tile is None:
+        return product + composite.workspace(directions, 0, packed, w)
+    terms = 1 if order == "pairs" else 2
+    padded = triton.cdiv(terms * h, tile.block_h) * tile.block_h
+    return product + (2 * d + directions) * padded
+
+
 def _factored(
     w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool, choice: tuple[str, PairTile | None] | None
 ) -> Tensor:
@@ -156,7 +173,7 @@ def _factored(
     if packed:
         return u @ stage
     q = w.new_empty(directions, d, d)
-    for a, b in blocks(directions, d * d, 64 * composite.TILE):
+    for a, b in blocks(directions, d * d, MIXED):
         q[a:b] = unpack_symmetric(u[a:b] @ stage, d)
     return q
 
@@ -164,8 +181,7 @@ def _factored(
 def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> None:
     (h, d), directions = w.shape, c.shape[0]
     padded = triton.cdiv(h, tile.block_h) * tile.block_h
-    wt, vt = _padded(w.t(), padded), _padded(v.t(), padded)
-    half = _padded(0.5 * c, padded)
+    wt, vt, half = _padded(padded, w.t()), _padded(padded, v.t()), _padded(padded, c).mul_(0.5)
     tiles_i, tiles_j = triton.cdiv(d, tile.block_i), triton.cdiv(d, tile.block_j)
     tiles_k = triton.cdiv(directions, tile.block_k)
     pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
@@ -178,8 +194,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> Non
 def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> None:
     (h, d), directions = w.shape, c.shape[0]
     padded = triton.cdiv(2 * h, tile.block_h) * tile.block_h
-    x, y = _padded(torch.cat((w, v)).t(), padded), _padded(torch.cat((v, w)).t(), padded)
-    half = _padded(0.5 * torch.cat((c, c), 1), padded)
+    x, y, half = _padded(padded, w.t(), v.t()), _padded(padded, v.t(), w.t()), _padded(padded, c, c).mul_(0.5)
     tiles = triton.cdiv(d, tile.block_i)
     direction_kernel[(tiles * tiles, directions)](
         x, y, padded, half, padded, q, q.stride(0), d, tiles,
@@ -188,9 +203,13 @@ def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) ->
     )  # fmt: skip
 
 
-def _padded(t: Tensor, columns: int) -> Tensor:
-    """Contiguous rows that end in zeros, so that no load of the contraction needs a mask."""
-    return torch.nn.functional.pad(t, (0, columns - t.shape[1])).contiguous()
+def _padded(columns: int, *parts: Tensor) -> Tensor:
+    """The parts side by side, rows ending in zeros, so that no load of the contraction needs a mask."""
+    padded, start = parts[0].new_zeros(parts[0].shape[0], columns), 0
+    for t in parts:
+        padded[:, start : start + t.shape[1]] = t
+        start += t.shape[1]
+    return padded
 
 
 def _precision(t: Tensor) -> str:
