@@ -101,13 +101,23 @@ def test_gradcheck(order):
     assert torch.autograd.gradgradcheck(f, tensors)
 
 
-@pytest.mark.parametrize("needed", range(4))
-def test_only_needed_gradients(needed):
-    w, v, c = layer(4, 3, 5, 2)
-    tensors = [w, v, c.u, c.p]
-    leaves = [t.clone().requires_grad_(i == needed) for i, t in enumerate(tensors)]
-    bo.interaction_matrices(leaves[0], leaves[1], bo.Directions(*leaves[2:])).square().sum().backward()
-    assert [t.grad is not None for t in leaves] == [i == needed for i in range(4)]
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_needed_gradients(order):
+    """Each alone is what it is among all of them."""
+    w, v, c = layer(*order)
+    tensors = [w, v, *c] if isinstance(c, bo.Directions) else [w, v, c]
+
+    def gradients_of(needed):
+        leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
+        c = leaves[2] if len(leaves) == 3 else bo.Directions(*leaves[2:])
+        bo.interaction_matrices(leaves[0], leaves[1], c).square().sum().backward()
+        return [t.grad for t in leaves]
+
+    together = gradients_of(range(len(tensors)))
+    for i, expected in enumerate(together):
+        alone = gradients_of([i])
+        assert [g is not None for g in alone] == [j == i for j in range(len(tensors))]
+        torch.testing.assert_close(alone[i], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
