@@ -159,15 +159,19 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
 def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tuple[int, int, int, int, Tensor]]:
     """(first and last direction, first row and column, their entries [k, i, j]) tile by tile of `pair_tiles`.
 
-    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit.
+    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit. The entries are
+    overwritten by the next: memory taken and given back for each tile would scatter over an allocator's heap.
     """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
-    space = _space(w)
+    outputs, (rows, columns) = (c if u is None else u).shape[0], tile_shape(w)
+    space, product = _space(w), w.new_empty(min(rows * columns * outputs, max(rows * columns, PRODUCT)))
     for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, space)
         left, right = (c, s.t()) if u is None else (u, c @ s.t())
-        for a, b in blocks(left.shape[0], s.shape[0], PRODUCT):
-            yield a, b, i0, j0, (left[a:b] @ right).unflatten(1, (i1 - i0, j1 - j0))
+        for a, b in blocks(outputs, s.shape[0], PRODUCT):
+            entries = product[: (b - a) * s.shape[0]].view(b - a, -1)
+            torch.mm(left[a:b], right, out=entries)
+            yield a, b, i0, j0, entries.unflatten(1, (i1 - i0, j1 - j0))
 
 
 def _space(w: Tensor) -> Tensor:
