@@ -32,7 +32,7 @@ def cp_decompose(
     *,
     init: tuple[Tensor, Tensor] | None = None,
     steps: int = 100,
-    inner_steps: int = 20,
+    inner_steps: int = 10,
     tol: float = 1e-6,
 ) -> CPDecomposition:
     """B as sum_r p_r (x) sym(w_r v_r^T) with few terms, fitted in Frobenius norm: the best smaller bilinear layer.
@@ -44,8 +44,8 @@ def cp_decompose(
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, the layer.
         rank: number of terms, at most h unless `init` is given.
-        init: (w, v) `[rank, d]` to start from, as `init=found[:2]` from an earlier fit; by default the neurons of the
-            largest |p_r| |w_r| |v_r|.
+        init: (w, v) `[rank, d]` to start from, as `init=found[:2]` from an earlier fit; by default strong neurons of
+            the layer that are unlike each other.
         steps: at most so many.
         inner_steps: iterations of conjugate gradients for w and for v, which start from their present values.
         tol: stop where a step lowers the error by less than this fraction of it.
@@ -68,7 +68,7 @@ def cp_decompose(
     dtype = torch.promote_types(w.dtype, torch.float32)
     layer = w.double(), v.double(), p.double()
     squares = layer_inner(*layer, *layer)  # |B|^2
-    a, b = _strongest_neurons(*layer, rank) if w0 is None or v0 is None else (w0.double(), v0.double())
+    a, b = _spread_neurons(*layer, rank) if w0 is None or v0 is None else (w0.double(), v0.double())
     a, b = _unit_rows(a), _unit_rows(b)
     c, fitted = _solve_down(*layer, a, b)
     errors = [_error(squares, fitted)]
@@ -89,9 +89,23 @@ def cp_decompose(
     return CPDecomposition(*(t.to(dtype) for t in found))
 
 
-def _strongest_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    strength = p.norm(dim=0) * w.norm(dim=1) * v.norm(dim=1)
-    chosen = strength.argsort(descending=True, stable=True)[:rank]
+def _spread_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Neurons whose matrices |p_h| sym(w_h v_h^T) lie farthest, one by one, from the span of those already chosen.
+
+    This is the pivoted Cholesky factorisation of their Gram matrix, of which only the chosen columns are formed.
+    """
+    weight = p.norm(dim=0)
+    rest = 0.5 * weight.square() * ((w * w).sum(1) * (v * v).sum(1) + (w * v).sum(1).square())
+    factor = w.new_zeros(len(w), rank)
+    chosen = []
+    for k in range(rank):
+        i = int(rest.argmax())
+        chosen.append(i)
+        column = weight[i] * weight * neuron_gram(w, v, w[i, None], v[i, None])[:, 0] - factor[:, :k] @ factor[i, :k]
+        if rest[i] > 0:
+            factor[:, k] = column / rest[i].sqrt()
+        rest = (rest - factor[:, k].square()).clamp_min(0)
+        rest[chosen] = -1
     return w[chosen], v[chosen]
 
 
