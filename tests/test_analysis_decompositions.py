@@ -44,7 +44,7 @@ def graded(d, h, o, decades):
 
 @pytest.mark.parametrize("tile", [4, 512])
 @pytest.mark.parametrize("mode", singular.MODES)
-@pytest.mark.parametrize(("d", "h", "o"), [(1, 1, 1), (5, 17, 4), (3, 7, 13), (9, 4, 3)])
+@pytest.mark.parametrize(("d", "h", "o"), [(1, 1, 1), (5, 17, 4), (3, 7, 13), (2, 12, 12), (9, 4, 3)])
 def test_hosvd(d, h, o, mode, tile, monkeypatch):
     monkeypatch.setattr(singular, "TILE", tile)
     w, v, p = layer(d, h, o)
@@ -70,11 +70,12 @@ def test_hosvd_gives_orthogonal_interaction_matrices():
     close(q @ q.t(), found.S.square().diag())
 
 
-@pytest.mark.parametrize(("decades", "duplicates"), [(3, True), (5, True), (3, False), (8, False)])
-def test_hosvd_keeps_small_singular_values(decades, duplicates):
+@pytest.mark.parametrize(("decades", "singular"), [(3, True), (5, True), (3, False), (8, False)])
+def test_hosvd_keeps_small_singular_values(decades, singular):
     w, v, p = graded(16, 60, 12, decades)
-    if duplicates:
+    if singular:
         w[1], v[1] = w[0], v[0]
+        w[2] = 0
     s = torch.linalg.svdvals(tensor(w, v, p).flatten(1))
     assert s[-1] < 10.0 ** (1 - decades) * s[0]
     torch.testing.assert_close(analysis.hosvd(w, v, p, 12).S, s, rtol=1e-6, atol=0)
@@ -181,6 +182,15 @@ def test_cp_starts_from_neurons_that_differ():
     found = analysis.cp_decompose(*copies, 7)  # more than there are
     assert found.errors[-1] < 1e-7
     close(tensor(*found[:3]), tensor(w, v, p))
+
+
+def test_cp_starts_from_neurons_that_span_the_others():
+    (v, p) = doubles((4, 6), (3, 4))
+    w = v[:1].repeat(4, 1)
+    v[2] = 0.8 * v[0] + 0.9 * v[1]
+    w[3] = v[3]
+    p[:, 3] /= 100  # weak, but the only one that the first three cannot stand for
+    assert analysis.cp_decompose(w, v, p, 3, steps=0).errors[0] < 1e-7
 
 
 def test_cp_finds_a_smaller_layer():

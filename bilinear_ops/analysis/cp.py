@@ -22,7 +22,6 @@ class CPDecomposition(NamedTuple):
     errors: Tensor  # [steps done + 1]: |B - B_rank| / |B|, falling; its first entry belongs to the start
 
 
-@_dispatch.without_autocast
 @torch.no_grad()
 def cp_decompose(
     w: Tensor,
@@ -105,7 +104,6 @@ def _spread_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int) -> tuple[Tensor,
         if rest[i] > 0:
             factor[:, k] = column / rest[i].sqrt()
         rest = (rest - factor[:, k].square()).clamp_min(0)
-        rest[chosen] = -1
     return w[chosen], v[chosen]
 
 

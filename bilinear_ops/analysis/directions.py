@@ -34,7 +34,6 @@ class EvenOdd(NamedTuple):
     odd: Tensor
 
 
-@_dispatch.without_autocast
 @torch.no_grad()
 def strongest_directions(
     w: Tensor, v: Tensor, p: Tensor, n: int, *, steps: int = 500, tol: float = 1e-10

@@ -40,7 +40,6 @@ class BiasTerms(NamedTuple):
     constant: Tensor  # [o]
 
 
-@_dispatch.without_autocast
 def layer_similarity(
     w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor, *, measure: str = "frobenius"
 ) -> Tensor:
@@ -115,7 +114,6 @@ def _through(w: Tensor, p: Tensor) -> Tensor:
     return w @ p
 
 
-@_dispatch.without_autocast
 def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpression:
     """The layer through its interaction matrices along given output directions, with nothing lost ([P] App. I).
 

@@ -24,13 +24,12 @@ class HOSVD(NamedTuple):
     norm: Tensor  # 0-dim: |B|, so that 1 - sum S^2 / norm^2 is the share of |B|^2 that the rank leaves out
 
 
-@_dispatch.without_autocast
 def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -> HOSVD:
     """The leading singular vectors of B flattened to `[o, d^2]`, or in input mode to `[d, o d]` ([P] 3.3).
 
     In output mode, `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal, of norms S. B is never formed: the
-    work is about 4 h^2 d multiplications in float64. Output mode keeps singular values down to 1e-8 of the largest
-    to 1e-6 of themselves, unless neurons are duplicates of each other; then, and in input mode, down to 1e-5.
+    work is about 3 h^2 d multiplications in float64. Output mode keeps singular values down to 1e-8 of the largest
+    to 1e-6 of themselves, unless neurons are dead or copies of each other; then, and in input mode, down to 1e-5.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
@@ -59,7 +58,7 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
     u, s = vectors.flip(1)[:, :rank], squares.flip(0)[:rank].clamp_min(0).sqrt()
     if mode == "output" and rank and s[-1] < CONDITION * s[0]:
         factor, failed = torch.linalg.cholesky_ex(neuron_gram(w, v))
-        if not failed:  # duplicate neurons have no Cholesky factor
+        if not failed:  # the Gram matrix of dead or equal neurons has no Cholesky factor
             u, s, _ = torch.linalg.svd(p @ factor, full_matrices=False)
             u, s = u[:, :rank], s[:rank]
     norm = gram.diagonal().sum().sqrt()
