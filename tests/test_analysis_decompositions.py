@@ -185,10 +185,11 @@ def test_cp_starts_from_neurons_that_differ():
 
 
 def test_cp_starts_from_neurons_that_span_the_others():
-    (v, p) = doubles((4, 6), (3, 4))
-    w = v[:1].repeat(4, 1)
-    v[2] = 0.8 * v[0] + 0.9 * v[1]
-    w[3] = v[3]
+    v = torch.tensor([[1.0, 0.0], [0.54, 0.72], [0.64, -0.48], [0.0, 0.0]]).double()
+    v = torch.nn.functional.pad(v, (0, 2))
+    w = torch.eye(4)[[2, 2, 2, 3]].double()  # with one w, the third v is a sum of the first two
+    v[3, 3] = 1
+    p = torch.eye(4).double()
     p[:, 3] /= 100  # weak, but the only one that the first three cannot stand for
     assert analysis.cp_decompose(w, v, p, 3, steps=0).errors[0] < 1e-7
 

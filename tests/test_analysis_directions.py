@@ -85,6 +85,14 @@ def test_strongest_direction_of_one_output_is_its_top_eigenvector():
     close((found.vectors[0] @ vectors[:, values.abs().argmax()]).abs(), torch.tensor(1.0).double(), 1e-6)
 
 
+def test_strongest_directions_of_separate_outputs():
+    """B(x, x) = (3 x_0^2, 2 x_3^2, x_6^2) has a maximum on each of its axes."""
+    w = torch.eye(9)[[0, 3, 6]].double()
+    found = analysis.strongest_directions(w, w, torch.tensor([3.0, 2.0, 1.0]).double().diag(), 9)
+    close(found.strengths, torch.tensor([3.0, 2.0, 1.0]).double())
+    close(found.vectors, w, 1e-6)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_climbing_never_goes_down(seed):
     """Where a power step does: two eigenvalues of opposite sign and almost one magnitude, then at random."""

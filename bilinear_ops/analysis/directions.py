@@ -92,7 +92,7 @@ def _seeds(w: Tensor, v: Tensor, p: Tensor, count: int) -> Tensor:
 
 
 def _climb(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """One step from unit vectors [m, d], which never goes down, and the fractions gained [m]."""
+    """One step from unit vectors [m, d], which goes down by rounding at most, and the fractions gained [m]."""
     y = gated_mlp(x, w, v, p)
     strength = y.norm(dim=1)
     c = y @ p
@@ -102,9 +102,7 @@ def _climb(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if down.any():
         after[down] = _krylov(x[down], w, v, c[down], STEP_KRYLOV)[:, 0]
         reached = _strengths(after, w, v, p)
-    better = reached > strength  # at the maximum, rounding may still go down
-    gained = torch.where(better, reached / strength - 1, 0)
-    return torch.where(better[:, None], after, x), gained
+    return after, reached / strength - 1
 
 
 def _strengths(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
