@@ -56,8 +56,9 @@ def _cp(device: torch.device, d: int, h: int, outputs: int) -> Workload:
     """Fits from the same start, compared by what their layers answer to the same inputs."""
 
     def ours(w: Tensor, v: Tensor, p: Tensor, x: Tensor) -> Tensor:
-        options = {"init": (w[:RANK], v[:RANK]), "steps": STEPS, "inner_steps": CONVERGED, "tol": 0}
-        return bo.reference.gated_mlp(x, *bo.analysis.cp_decompose(w, v, p, RANK, **options)[:3])
+        start = w[:RANK], v[:RANK]
+        fit = bo.analysis.cp_decompose(w, v, p, RANK, init=start, steps=STEPS, inner_steps=CONVERGED, tol=0)
+        return bo.reference.gated_mlp(x, fit.w, fit.v, fit.p)
 
     def formed(w: Tensor, v: Tensor, p: Tensor, x: Tensor) -> Tensor:
         b = _tensor(w, v, p)

@@ -290,6 +290,9 @@ def test_virtual_interactions_do_not_depend_on_the_scale_of_neurons():
         return bo.interaction_topk(found.w * found.scale, found.v * found.scale, found.p, 5).values
 
     close(ranked((w, v, p)), ranked((w * scale[:, None], v, p / scale)))
+    half = [300 * torch.ones(1, 8, dtype=torch.float16), torch.ones(1, 8, dtype=torch.float16)]
+    virtual = analysis.virtual_interactions((*half, half[1].t()), (*half, half[1][:, :1]))
+    assert virtual.scale.item() == 300 * 8
 
 
 def test_virtual_interactions_with_the_residual_stream():

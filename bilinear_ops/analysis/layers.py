@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch
+from bilinear_ops.composite.blocks import widen
 from bilinear_ops.forms import layer_inner
 
 MEASURES = ("frobenius", "gaussian")
@@ -102,8 +103,7 @@ def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False)
         **{"first.w": (w1, "h1 d"), "first.v": (v1, "h1 d"), "first.p": (p1, f"{m} h1")},
         **{"second.w": (w2, f"h2 {m}"), "second.v": (v2, f"h2 {m}"), "second.p": (p2, "o h2")},
     )
-    squares = 0.5 * (w1.square().sum(1) * v1.square().sum(1) + (w1 * v1).sum(1).square())
-    w, v, scale = _through(w2, p1), _through(v2, p1), squares.sqrt()
+    w, v, scale = _through(w2, p1), _through(v2, p1), _neuron_norms(w1, v1)
     if residual:
         w, v, scale = torch.cat([w2, w], 1), torch.cat([v2, v], 1), torch.cat([scale.new_ones(w1.shape[1]), scale])
     return VirtualLayer(w, v, p2, scale)
@@ -112,6 +112,13 @@ def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False)
 @_dispatch.without_autocast
 def _through(w: Tensor, p: Tensor) -> Tensor:
     return w @ p
+
+
+def _neuron_norms(w: Tensor, v: Tensor) -> Tensor:
+    """|sym(w_h v_h^T)| [h]; fourth powers would leave the range of float16."""
+    dtype = w.dtype
+    w, v = widen(w, v)
+    return (0.5 * (w.square().sum(1) * v.square().sum(1) + (w * v).sum(1).square())).sqrt().to(dtype)
 
 
 def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpression:
