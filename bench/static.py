@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import sass
 from bilinear_ops.composite.rank1 import Masks
-from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, uniform
+from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, tuning, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -129,11 +129,13 @@ def gated_cases(arch: str) -> Iterator[Case]:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         def forward(tile: config.Tile, d: int, t: Callable[..., torch.Tensor] = t) -> object:
-            return gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), t(), "swish", True, (tile,))
+            with tuning.using(gate_forward=tile):
+                return gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), t(), "swish", True)
 
         def backward(tile: config.Tile | None, o: int, t: Callable[..., torch.Tensor] = t) -> object:
-            dy, p, tiles = (t(m, o), t(o, h), (tile,)) if tile else (t(m, h), None, None)
-            return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True, tiles)
+            dy, p = (t(m, o), t(o, h)) if tile else (t(m, h), None)
+            with tuning.using(gate_backward=tile):
+                return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True)
 
         name = str(dtype).removeprefix("torch.")
         for aligned, row in rows.items():

@@ -132,16 +132,8 @@ def factors(c: Tensor | Directions) -> tuple[Tensor, Tensor | None]:
     return (c.p, c.u) if isinstance(c, Directions) else (c, None)
 
 
-def backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import interaction
-
-    return interaction
-
-
 def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
-    return backend(impl).interaction(w, v, c, u, packed)
+    return _dispatch.backend("interaction", impl).interaction(w, v, c, u, packed)
 
 
 def _forward_fake(w, v, c, u, packed, impl):
@@ -153,7 +145,7 @@ def _backward(
     dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dw, dv, dc, du), each empty unless needed."""
-    return backend(impl).interaction_backward(dq, w, v, c, u, need)
+    return _dispatch.backend("interaction", impl).interaction_backward(dq, w, v, c, u, need)
 
 
 def _backward_fake(dq, w, v, c, u, need, impl):
