@@ -99,7 +99,7 @@ def draw(device: torch.device, dtype: torch.dtype, *tensors: tuple[Sequence[int]
 
     def inputs(seed: int) -> Tensors:
         generator = torch.Generator(device).manual_seed(seed)
-        drawn = (torch.randn(*shape, generator=generator, device=device) * scale for shape, scale in tensors)
+        drawn = (torch.randn(tuple(shape), generator=generator, device=device) * scale for shape, scale in tensors)
         return tuple(t.to(dtype) for t in drawn)
 
     return inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -105,10 +106,9 @@ def why_not_triton(t: Tensor) -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton itself would interpret a kernel that is defined now."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
+    """Whether Triton would interpret a kernel that is defined now: its reading of the variable, which torch.compile
+    cannot trace."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def resolve(impl: str, t: Tensor) -> str:

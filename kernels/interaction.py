@@ -110,7 +110,7 @@ def direction_kernel(
         acc = tl.dot((x.to(tl.float32) * c[None, :]).to(y.dtype), y.T, acc, input_precision=PRECISION)
     i = (i0 + tl.arange(0, BLOCK))[:, None]
     j = (j0 + tl.arange(0, BLOCK))[None, :]
-    store_pairs(q_ptr, stride_qk, acc, i, j, k, D, tl.num_programs(1), PACKED)
+    store_pairs(q_ptr, stride_qk, acc, i, j, tl.full((1, 1), k, tl.int32), D, tl.num_programs(1), PACKED)
 
 
 def interaction(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool) -> Tensor:
