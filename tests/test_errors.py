@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
+from bilinear_ops import _dispatch
 from bilinear_ops.testing import randn
 
 
