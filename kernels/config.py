@@ -209,7 +209,7 @@ def _fused(
     if m <= 64 or k >= 4096:
         return (LIBRARY,)  # model: too few tiles to fill the device; its main loop is ahead and the gate is hidden
     tiles = table["pointers" if has_descriptors(arch) and not descriptors else arch]
-    return tuple(t for t in tiles if _fits(kernel, t, arch, dtype))
+    return tuple(t for t in tiles if fits(kernel, arch, dtype, t))
 
 
 def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
@@ -232,11 +232,11 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, 
     """What is worth measuring: the table's choice first, then all else that fits the device."""
     if kernel in ("gate_forward", "gate_backward") and not tensor_cores(dtype):
         return tiles
-    others = (t for t in CANDIDATES[kernel] if _fits(kernel, t, arch, dtype))
+    others = (t for t in CANDIDATES[kernel] if fits(kernel, arch, dtype, t))
     return tuple(dict.fromkeys((*tiles, *others)))
 
 
-def _fits(kernel: str, tile: Choice, arch: str, dtype: torch.dtype) -> bool:
+def fits(kernel: str, arch: str, dtype: torch.dtype, tile: Choice) -> bool:
     """Whether the pipelined operands fit in shared memory; what they are is known of some kernels only."""
     if not isinstance(tile, Tile) or kernel not in OPERANDS:
         return True
