@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ def why_not_triton(t: Tensor) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if t.device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "CPU tensors need TRITON_INTERPRET=1"
+        return None if _interpreted() else "CPU tensors need TRITON_INTERPRET=1"
     if t.device.type != "cuda":
         return f"no kernels for device {t.device.type}"
     properties = torch.cuda.get_device_properties(t.device)
@@ -106,6 +107,12 @@ def why_not_triton(t: Tensor) -> str | None:
     if not properties.gcnArchName.startswith("gfx942"):
         return f"the kernels are built for gfx942, not {properties.gcnArchName}"
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton would interpret a kernel that is defined now: its reading of the variable, which torch.compile
+    cannot trace."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def resolve(impl: str, t: Tensor) -> str:
@@ -125,6 +132,12 @@ def resolve(impl: str, t: Tensor) -> str:
     if impl == "triton":
         raise RuntimeError(f'impl="triton" cannot run: {reason}')
     return "torch"
+
+
+@functools.cache
+def backend(family: str, impl: str) -> Any:
+    """What implements a family of ops: its launchers, imported at the first call, or its composites."""
+    return importlib.import_module(f"bilinear_ops.{'kernels' if impl == 'triton' else 'composite'}.{family}")
 
 
 def needs_reference() -> bool:

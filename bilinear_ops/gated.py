@@ -155,14 +155,6 @@ def _beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | N
     return torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) * beta
 
 
-def _backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import gated
-
-    return gated
-
-
 def _forward(
     x: Tensor,
     w: Tensor,
@@ -176,7 +168,7 @@ def _forward(
     save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    hid, az = _dispatch.backend("gated", impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
     return y, _dispatch.or_empty(az, x)
 
@@ -202,7 +194,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty unless needed; `need` is in the forward's order."""
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
-    backend = _backend(impl)
+    backend = _dispatch.backend("gated", impl)
     h = w.shape[0]
     dx = x.new_empty(x.shape) if need_x else None
     dwv = dp = db = dbeta = None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch, reference
-from bilinear_ops.composite import interaction as composite
 from bilinear_ops.reference.interaction import LAYOUTS, Directions
 
 
@@ -80,7 +79,7 @@ def _chunks(
 
 def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, impl: str) -> int:
     """The most directions that two chunks and the workspace of one leave within the budget."""
-    d, workspace = w.shape[1], backend(impl).workspace
+    d, workspace = w.shape[1], _dispatch.backend("interaction", impl).workspace
 
     def needed(outputs: int) -> int:
         result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
@@ -132,16 +131,8 @@ def factors(c: Tensor | Directions) -> tuple[Tensor, Tensor | None]:
     return (c.p, c.u) if isinstance(c, Directions) else (c, None)
 
 
-def backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import interaction
-
-    return interaction
-
-
 def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
-    return backend(impl).interaction(w, v, c, u, packed)
+    return _dispatch.backend("interaction", impl).interaction(w, v, c, u, packed)
 
 
 def _forward_fake(w, v, c, u, packed, impl):
@@ -153,7 +144,7 @@ def _backward(
     dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dw, dv, dc, du), each empty unless needed."""
-    return backend(impl).interaction_backward(dq, w, v, c, u, need)
+    return _dispatch.backend("interaction", impl).interaction_backward(dq, w, v, c, u, need)
 
 
 def _backward_fake(dq, w, v, c, u, need, impl):
