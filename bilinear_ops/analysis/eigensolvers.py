@@ -42,7 +42,7 @@ def compress(w: Tensor, v: Tensor, basis: Tensor | None, count: int) -> Layer:
     more = torch.randn(count + GUARDS, d, generator=generator, dtype=w.dtype, device=w.device)
     lift, triangle = torch.linalg.qr(torch.cat([rows, more]).t())
     coordinates = triangle[:, : len(rows)].t()  # of the rows: zero along what was added
-    w, v = (w @ coordinates, v @ coordinates) if through_basis else coordinates.split(h)
+    w, v = (w @ coordinates, v @ coordinates) if through_basis else (coordinates[:h], coordinates[h:])
     return Layer(w.contiguous(), v.contiguous(), lift.t())
 
 
