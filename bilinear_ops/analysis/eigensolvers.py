@@ -108,7 +108,7 @@ def _dense(q: Tensor, count: int, order: Order) -> Solution:
 
 
 def _iterative(operator: Operator, like: Tensor, count: int, order: Order, tol: float) -> Solution:
-    values, vectors, found, uncertain = lanczos(operator, like, count, order, tol)
+    values, vectors, uncertain, found = lanczos(operator, like, count, order, tol)
     beyond = values[:, count:].abs() + uncertain[:, count:]
     return Solution(values[:, :count], vectors[:, :count], found, largest(values), largest(beyond))
 
