@@ -2,5 +2,23 @@
 
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
 from bilinear_ops.analysis.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.analysis.truncation import (
+    QuadraticLayer,
+    TruncationCorrelation,
+    truncate,
+    truncation_correlation,
+    truncation_curve,
+)
 
-__all__ = ["EigenPairs", "adversarial_masks", "effective_rank", "hoyer", "interaction_eigh"]
+__all__ = [
+    "EigenPairs",
+    "QuadraticLayer",
+    "TruncationCorrelation",
+    "adversarial_masks",
+    "effective_rank",
+    "hoyer",
+    "interaction_eigh",
+    "truncate",
+    "truncation_correlation",
+    "truncation_curve",
+]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 
 
@@ -37,8 +36,9 @@ class _EigenPairs(torch.autograd.Function):
         return values.clone(), vectors.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dvalues: Tensor | None, dvectors: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("eigenpairs are differentiable once, so their gradient takes no create_graph=True")
         values, vectors = ctx.saved_tensors
         gradient = torch.zeros_like(vectors) if dvalues is None else dvalues.unsqueeze(2) * vectors
         if dvectors is not None:

@@ -66,9 +66,9 @@ def lanczos(operator: Operator, like: Tensor, n: int, order: Callable[[Tensor], 
         pending = pairs.found & ~confirmed
         if not pending.any():
             break
-        before = pairs.values[pending]
+        before = pairs.values[pending]  # of equal magnitudes either sign may come first
         again = _converge(operator.take(pending), before, pairs.vectors[pending], n, order, tol, fresh)
-        same = (again.values - before).abs() <= tol * before.abs().amax(1, keepdim=True)
+        same = (again.values.abs() - before.abs()).abs() <= tol * before.abs().amax(1, keepdim=True)
         confirmed[pending] = again.found & same.all(1)
         for t, better in zip(pairs, again, strict=True):
             t[pending] = better
