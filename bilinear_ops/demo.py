@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import environment, reference
-from bilinear_ops.forms import eigen_form
+from bilinear_ops.analysis import interaction_eigh, truncation_curve
 from bilinear_ops.gated import gated_mlp
-from bilinear_ops.interaction import interaction_matrices
 from bilinear_ops.nn import GatedMLP
 
 SEED = 0
@@ -138,35 +137,19 @@ def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
     return (model(x).argmax(1) == y).float().mean().item()
 
 
-class Spectra(NamedTuple):
-    """Eigenvalues `[10, r]` by magnitude and eigenvectors `[10, r, 64]` of the classes' interaction matrices."""
-
-    values: Tensor
-    vectors: Tensor
-
-
-@torch.no_grad()
-def spectra(model: GatedMLP) -> Spectra:
-    """The eigendecomposition of each class's interaction matrix ([P] eq. 2): its eigenvectors are the features."""
-    values, vectors = torch.linalg.eigh(interaction_matrices(model.w, model.v, model.p).double())
-    order = values.abs().argsort(1, descending=True)
-    values, vectors = values.gather(1, order), vectors.mT.gather(1, order.unsqueeze(2).expand(-1, -1, vectors.shape[1]))
-    return Spectra(values.to(model.w.dtype), vectors.to(model.w.dtype))
-
-
 @torch.no_grad()
 def describe_interactions(model: GatedMLP, data: Digits) -> None:
     """Print how few eigenvectors carry each class ([P] Figs. 2 and 5), and save the strongest as images."""
-    values, vectors = spectra(model)
+    pairs = interaction_eigh(model.w, model.v, model.p)
+    values, vectors, *_ = pairs
     shares = values.square().cumsum(1) / values.square().sum(1, keepdim=True)  # of |Q_k|^2
     ranks = (1, 2, 4, 8)
     print("\nThe layer's interaction matrices, one a class: share of |Q|^2 in its strongest eigenvectors")
     print("  class " + "".join(f"  top {n:<2}" for n in ranks))
     for digit, share in enumerate(shares.tolist()):
         print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks))
-    logits = eigen_form(data.test_x, values, vectors, reduce="cumsum")  # [N, 10, 64]: every truncation at once
-    kept = ((logits[:, :, n - 1].argmax(1) == data.test_y).float().mean().item() for n in ranks)
-    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{a:.1%}" for a in kept))
+    kept = truncation_curve(data.test_x, pairs, data.test_y)
+    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{kept[n - 1]:.1%}" for n in ranks))
     try:
         print(
             f"  the strongest eigenvectors as images: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}"

@@ -19,25 +19,44 @@ from bilinear_ops.analysis.layers import (
     reexpress,
     virtual_interactions,
 )
+from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
 from bilinear_ops.analysis.singular import HOSVD, hosvd
+from bilinear_ops.analysis.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.analysis.truncation import (
+    QuadraticLayer,
+    TruncationCorrelation,
+    truncate,
+    truncation_correlation,
+    truncation_curve,
+)
 
 __all__ = [
     "HOSVD",
     "BiasTerms",
     "CPDecomposition",
+    "EigenPairs",
     "EvenOdd",
+    "QuadraticLayer",
     "Reexpression",
     "StrongestDirections",
+    "TruncationCorrelation",
     "VirtualLayer",
+    "adversarial_masks",
     "augment_biases",
     "bias_terms",
     "cp_decompose",
+    "effective_rank",
     "even_odd_split",
     "glu_gates",
     "hosvd",
+    "hoyer",
+    "interaction_eigh",
     "layer_similarity",
     "reexpress",
     "strength",
     "strongest_directions",
+    "truncate",
+    "truncation_correlation",
+    "truncation_curve",
     "virtual_interactions",
 ]

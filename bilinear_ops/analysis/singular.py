@@ -65,12 +65,12 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
     return HOSVD(fix_signs(u.mT).mT.to(dtype), s.to(dtype), norm.to(dtype))
 
 
-def fix_signs(rows: Tensor) -> Tensor:
-    """Each row of `[n, d]` with the sign that makes its largest component positive."""
-    if not rows.shape[1]:
-        return rows
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return torch.where(largest < 0, -rows, rows)
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Vectors `[..., d]`, each with the sign that makes its largest component positive."""
+    if not vectors.numel():
+        return vectors
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
 
 
 def _output_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""How concentrated a vector is, and the input masks that move one eigenvector at a time ([P] 4.4, App. D)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch
+from bilinear_ops.composite.blocks import widen
+
+
+def effective_rank(t: Tensor) -> Tensor:
+    """(L1 / L2)^2, the participation ratio: how many entries of equal size would spread as widely ([P] App. D).
+
+    Args:
+        t: `[..., n]`: eigenvalues for the effective rank of a matrix, an eigenvector for its effective size.
+
+    Returns:
+        `[...]`, from 1 for one entry to n for equal magnitudes; NaN where t is zero.
+
+    Raises:
+        TypeError: t is not a floating-point tensor.
+    """
+    _dispatch.check(t=(t, "... n"))
+    return _l1_over_l2(t).square().to(t.dtype)
+
+
+def hoyer(t: Tensor) -> Tensor:
+    """(sqrt(n) - L1 / L2) / (sqrt(n) - 1), Hoyer's sparsity: 0 for equal magnitudes, 1 for a single entry.
+
+    Args:
+        t: `[..., n]`, n > 1.
+
+    Returns:
+        `[...]`; NaN where t is zero.
+
+    Raises:
+        TypeError: t is not a floating-point tensor.
+        RuntimeError: fewer than two entries, which can be neither dense nor sparse.
+    """
+    n = _dispatch.check(t=(t, "... n"))["n"]
+    if n < 2:
+        raise RuntimeError(f"t must have at least 2 entries along its last dimension, got {list(t.shape)}")
+    return ((n**0.5 - _l1_over_l2(t)) / (n**0.5 - 1)).to(t.dtype)
+
+
+def _l1_over_l2(t: Tensor) -> Tensor:
+    (t,) = widen(t)
+    return t.norm(p=1, dim=-1) / t.norm(dim=-1)
+
+
+def adversarial_masks(vectors: Tensor) -> Tensor:
+    """The rows of pinv(vectors)^T: adding one to an input moves its own eigenvector's activation alone ([P] 4.4).
+
+    Args:
+        vectors: `[..., n, d]`, eigenvectors of one or of several outputs as rows.
+
+    Returns:
+        `[..., n, d]`: masks @ vectors^T is the identity where the vectors are independent.
+
+    Raises:
+        TypeError: vectors is not a floating-point tensor.
+    """
+    _dispatch.check(vectors=(vectors, "... n d"))
+    (wide,) = widen(vectors)
+    return torch.linalg.pinv(wide).mT.to(vectors.dtype)
