@@ -188,7 +188,7 @@ CANDIDATES: dict[str, tuple[Choice, ...]] = {
 }
 OPERANDS = {"gate_forward": 2, "gate_backward": 1, "squared_difference": 1}  # of block_n rows, beside one of block_m
 
-# Left to the library (compiled): in unaligned rows 28 spills at 128 x 64 and 4 at 64 x 64; 278,576 bytes of shared memory.
+# Left to the library (compiled): spills in unaligned rows, 28 at 128 x 64; 278,576 bytes of shared memory.
 NOT_IN_TF32 = {("gate_forward", "sm_120"), ("gate_backward", "sm_100")}
 
 
