@@ -188,6 +188,9 @@ CANDIDATES: dict[str, tuple[Choice, ...]] = {
 }
 OPERANDS = {"gate_forward": 2, "gate_backward": 1, "squared_difference": 1}  # of block_n rows, beside one of block_m
 
+# Left to the library (compiled): spills in unaligned rows, 28 at 128 x 64; 278,576 bytes of shared memory.
+NOT_IN_TF32 = {("gate_forward", "sm_120"), ("gate_backward", "sm_100")}
+
 
 def gated_forward(arch: str, dtype: torch.dtype, m: int, d: int, descriptors: bool) -> tuple[Choice, ...]:
     """Tiles of the fused forward, best first; the library where its GEMMs and the gate kernel are the faster path."""
@@ -209,7 +212,7 @@ def _fused(
     if m <= 64 or k >= 4096:
         return (LIBRARY,)  # model: too few tiles to fill the device; its main loop is ahead and the gate is hidden
     tiles = table["pointers" if has_descriptors(arch) and not descriptors else arch]
-    return tuple(t for t in tiles if fits(kernel, arch, dtype, t))
+    return tuple(t for t in tiles if fits(kernel, arch, dtype, t)) or (LIBRARY,)
 
 
 def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
@@ -240,6 +243,8 @@ def fits(kernel: str, arch: str, dtype: torch.dtype, tile: Choice) -> bool:
     """Whether the pipelined operands fit in shared memory; what they are is known of some kernels only."""
     if not isinstance(tile, Tile) or kernel not in OPERANDS:
         return True
+    if dtype == torch.float32 and (kernel, arch) in NOT_IN_TF32:
+        return False
     rows = tile.block_m + OPERANDS[kernel] * tile.block_n
     return tile.shared_memory(rows, dtype.itemsize) <= SHARED_MEMORY[arch]
 
