@@ -27,7 +27,7 @@ LABELLED = 40  # rows of a heat map: more names than that cannot be read
 
 
 def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
-    """Eigenvalues from the largest to the smallest, one line for each output ([P] Fig. 2).
+    """Eigenvalues from the largest to the smallest, one line for each output ([P] 4.1).
 
     Args:
         values: `[K, n]`, in any order.
@@ -54,7 +54,7 @@ def eigenvectors(
     values: Tensor | None = None,
     labels: Sequence[str] | None = None,
 ) -> Figure:
-    """Eigenvectors as images, one row for each output ([P] Fig. 3); each on its own scale, white at zero.
+    """Eigenvectors as images, one row for each output ([P] 4.1); each on its own scale, white at zero.
 
     Args:
         vectors: `[K, n, d]`.
@@ -161,7 +161,7 @@ def truncation(
     full: Tensor | None = None,
     ylabel: str = "accuracy",
 ) -> Figure:
-    """What is left of a layer truncated to its strongest eigenvectors, by how many are kept ([P] Fig. 5).
+    """What is left of a layer truncated to its strongest eigenvectors, by how many are kept ([P] 4.2).
 
     Args:
         scores: `[M, n]`: of M layers, with 1 to n eigenvectors kept.
@@ -186,7 +186,7 @@ def truncation(
 
 
 def similarity(first: Tensor, second: Tensor) -> Figure:
-    """|cos| between the eigenvectors of two runs, averaged over the outputs ([P] Fig. 5).
+    """|cos| between the eigenvectors of two runs, averaged over the outputs ([P] 4.2).
 
     Args:
         first, second: `[K, n, d]` and `[K, m, d]`; for more than two runs, pairs of runs one after another along K.
