@@ -4,6 +4,8 @@
 
 [P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417). Its MNIST
 becomes the 1797 images that ship inside scikit-learn, so that nothing is downloaded and a network trains in seconds.
+It needs `pip install "bilinear-ops[demo,plots]"`, the second for drawing only.
+
 Each function below is one measurement; `main` tells the story, and what of it carries over to images this small.
 """
 
@@ -263,8 +265,8 @@ def tell(found: Study) -> None:
             pairs = itertools.combinations((run.network for run in runs), 2)
             print(f"  {name}, two seeds of {hidden} hidden: {spread(agreement(a, b, which) for a, b in pairs)}")
         for (small, first), (large, second) in itertools.pairwise(found.runs.items()):
-            pairs = zip((run.network for run in first), (run.network for run in second), strict=True)
-            print(f"  {name}, {small} and {large} hidden: {spread(agreement(a, b, which) for a, b in pairs)}")
+            both = zip((run.network for run in first), (run.network for run in second), strict=True)
+            print(f"  {name}, {small} and {large} hidden: {spread(agreement(a, b, which) for a, b in both)}")
     print("  By magnitude they agree less: a class's strongest positive and negative eigenvalues are close rivals.")
 
     print("\nGround truth ([P] 4.3): a network asked whether an image resembles a target or its complement, or neither")
