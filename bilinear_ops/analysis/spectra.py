@@ -1,19 +1,24 @@
-"""Eigenpairs of a bilinear layer's interaction matrices: the public function ([P] eq. 2-3)."""
+"""Eigenpairs of a bilinear layer's interaction matrices: the public function and its choices ([P] eq. 2-3)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch
+from bilinear_ops.analysis.eigen_gradient import differentiable
+from bilinear_ops.analysis.eigensolvers import Solution, compress, extremes_first, plan, solve
+from bilinear_ops.analysis.operators import product
 from bilinear_ops.composite.blocks import widen
-from bilinear_ops.interaction import check_layer, interaction_matrices
-from bilinear_ops.reference.interaction import Directions
+from bilinear_ops.interaction import check_layer
+from bilinear_ops.reference.interaction import Directions, coefficients
 
 WHICH = ("abs", "positive", "negative", "both")
-METHODS = ("auto", "dense")
+METHODS = ("auto", "dense", "iterative")
 
 
 class EigenPairs(NamedTuple):
@@ -22,7 +27,7 @@ class EigenPairs(NamedTuple):
     values: Tensor  # [K, n]
     vectors: Tensor  # [K, n, d], unit rows
     residuals: Tensor  # [K, n]: |Q u - lambda u|
-    converged: Tensor  # [K], bool: every residual is within tol of the largest |lambda|
+    converged: Tensor  # [K], bool: the search ended, and every residual is within tol of the largest |lambda|
     next_abs: Tensor  # [K]: the largest |lambda| left out: |error in x^T Q x| <= next_abs |x|^2
 
 
@@ -37,25 +42,35 @@ def interaction_eigh(
     basis: Tensor | None = None,
     method: str = "auto",
     tol: float = 1e-4,
+    chunk_bytes: int = 1 << 28,
+    progress: bool = False,
 ) -> EigenPairs:
     """The leading eigenpairs of Q_k = sum_h C_kh sym(w_h v_h^T), one matrix an output direction ([P] eq. 2-3).
+
+    Differentiable once, in values and vectors; no gradient of Q is formed. Of equal eigenvalues among those returned,
+    the gradient is right for what depends on the space they span; one left out that equals one returned has none.
 
     Args:
         w, v, c: as for `interaction_matrices`.
         n: how many; all of them for None (of each end half, for "both").
         which: "abs" for the largest by magnitude, "positive" for the algebraically largest, "negative" for the
-            smallest, each falling by how extreme they are; "both" for n largest, then n smallest.
+            smallest, the most extreme first; "both" for n largest, then n smallest.
         basis: `[d, F]`: eigenvectors of D^T Q_k D, in the feature basis; an embedding folded in.
-        method: "dense" or "auto".
+        method: "dense" forms each Q_k and decomposes it, "iterative" finds the leading pairs by products with it,
+            "auto" does what costs least, and the former for a direction in which the latter did not converge.
         tol: the residual |Q u - lambda u|, relative to the largest |lambda| of its matrix, that counts as converged.
+        chunk_bytes: what the workspace of some directions at a time may take; at least one is done at a time.
+        progress: show a bar over the directions; needs tqdm.
 
     Returns:
-        `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive.
+        `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. From the iterative method
+        `next_abs` is an estimate from above, by the pairs next to those returned.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: unknown which or method, n or tol out of range.
+        ValueError: unknown which or method; n, tol or chunk_bytes out of range.
+        ModuleNotFoundError: progress without tqdm.
     """
     sizes = check_layer(w, v, c, basis)
     d = sizes["d"] if basis is None else sizes["F"]
@@ -65,54 +80,61 @@ def interaction_eigh(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     most = d // 2 if which == "both" else d
     n = most if n is None else n
     if not 0 <= n <= most:
         raise ValueError(f'n must be from 0 to {most} for {d} dimensions and which="{which}", got {n}')
+
     dtype = w.dtype
     w, v, basis = widen(w, v, basis)
     c = Directions(*widen(*c)) if isinstance(c, Directions) else widen(c)[0]
-    if basis is not None:
-        w, v = w @ basis, v @ basis
-    found = _dense(interaction_matrices(w, v, c), n, which, tol)
-    return EigenPairs(*(t if t.dtype == torch.bool else t.to(dtype) for t in found))
-
-
-def _dense(q: Tensor, n: int, which: str, tol: float) -> EigenPairs:
-    every, columns = torch.linalg.eigh(q)
-    order = _order(every.detach(), n, which)
     count = 2 * n if which == "both" else n
-    chosen, rest = order[:, :count], order[:, count:]
-    values = every.gather(1, chosen)
-    vectors = columns.mT.gather(1, chosen.unsqueeze(2).expand(-1, -1, q.shape[1]))
-    vectors = _fix_signs(vectors)
-    residuals = (vectors @ q - values.unsqueeze(2) * vectors).detach().norm(dim=2)
-    largest = _largest(every.detach())
-    converged = (residuals <= tol * largest.unsqueeze(1)).all(1)
-    return EigenPairs(values, vectors, residuals, converged, _largest(every.detach().gather(1, rest)))
+    order = partial(extremes_first, n=n, which=which)
+    with torch.no_grad():
+        layer = compress(w, v, basis, count)
+    h, d = layer.w.shape
+    way = plan(method, h, d, count)
+    parts = []
+    for part in _chunks(c, max(1, chunk_bytes // (way.workspace * w.itemsize)), progress):
+        with torch.no_grad():
+            solution = solve(layer, part, count, order, tol, way, refine=method == "auto")
+        parts.append(_examined(solution, partial(product, w, v, coefficients(part), basis=basis), tol))
+    joined = (torch.cat(t) for t in zip(*parts, strict=True))
+    return EigenPairs(*(t if t.dtype == torch.bool else t.to(dtype) for t in joined))
 
 
-def _order(values: Tensor, n: int, which: str) -> Tensor:
-    """Indices that put the wanted eigenvalues of each row first: [K, m] -> [K, m]."""
-    if which == "abs":
-        return values.abs().argsort(dim=1, descending=True, stable=True)
-    rising = values.argsort(dim=1, stable=True)
-    if which == "negative":
-        return rising
-    falling = rising.flip(1)
-    if which == "positive":
-        return falling
-    return torch.cat([falling[:, :n], rising[:, : values.shape[1] - n]], 1)
+def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tensor | Directions]:
+    rows = c.u if isinstance(c, Directions) else c
+    bar = None
+    if progress:
+        try:
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
+        bar = tqdm(total=len(rows), unit="direction")
+    for part in rows.split(step):
+        yield Directions(part, c.p) if isinstance(c, Directions) else part
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
 
 
-def _fix_signs(vectors: Tensor) -> Tensor:
-    """Each row with its largest-magnitude component positive."""
+def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
+    """The pairs with their residuals and derivatives, both of the layer as it was given, whatever was solved."""
+    values, vectors = solution.values, _with_signs(solution.vectors)
+    products = multiply(vectors)
+    residuals = (products.detach() - values.unsqueeze(2) * vectors).norm(dim=2)
+    converged = solution.found & (residuals <= tol * solution.largest.unsqueeze(1)).all(1)
+    if products.requires_grad:
+        values, vectors = differentiable(products, values, vectors, multiply)
+    return EigenPairs(values, vectors, residuals, converged, solution.next_abs)
+
+
+def _with_signs(vectors: Tensor) -> Tensor:
     if not vectors.numel():
         return vectors
-    peak = vectors.detach().abs().argmax(2, keepdim=True)
-    return vectors * vectors.detach().gather(2, peak).sign()
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude of each row, 0 of an empty one."""
-    return values.abs().amax(1) if values.shape[1] else values.new_zeros(values.shape[0])
+    peak = vectors.abs().argmax(2, keepdim=True)
+    return vectors * vectors.gather(2, peak).sign()
