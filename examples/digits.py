@@ -257,7 +257,7 @@ def tell(found: Study) -> None:
         baseline = spread((run.projected[TOP - 1].item() for run in runs), ".1%")
         print(f"  {hidden} hidden: {whole}; {TOP} eigenvectors a class {kept}; {TOP} principal components {baseline}")
 
-    print(f"  A class's components are the images' first {TOP}; its eigenvectors are read from the weights alone.")
+    print("  The components are the training images'; the eigenvectors come from the weights alone.")
 
     print("\nConsistency ([P] 4.2): |cos| of the classes' top eigenvectors between networks")
     for which, name in (("positive", "largest eigenvalue"), ("abs", "largest |eigenvalue|")):

@@ -45,14 +45,14 @@ def test_quick_finds_the_same(digits, quick):
         both, no_decay, no_noise = of_both(digits, run)
         assert both.accuracy > 0.93
         assert both.share > 0.93
-        assert both.rank < 0.8 * no_decay.rank
+        assert both.rank < 0.85 * no_decay.rank
         assert both.size < 0.97 * no_noise.size
         kept = run.truncated[digits.TOP - 1].item()
         assert kept > both.accuracy - 0.01
         assert kept > run.projected[digits.TOP - 1] + 0.04
         within, across = run.fooled
         assert within.either > within.permuted + 0.08
-        assert across.either > across.permuted + 0.3
+        assert across.either > across.permuted + 0.2
     networks = [run.network for run in runs]
     positive, by_magnitude = (mean(agreements(digits, networks, which)) for which in ("positive", "abs"))
     assert positive > 0.9 and by_magnitude < positive - 0.1
