@@ -113,7 +113,7 @@ def test_six_seeds_find_what_the_paper_found(digits):
             gains.append(kept - run.projected[digits.TOP - 1].item())
             within, across = run.fooled
             assert within.either > within.permuted + 0.1
-            assert across.either > across.permuted + 0.3
+            assert across.either > across.permuted + 0.25
             assert across.once > across.permuted_once + 0.1
         assert mean(gains) > 0.05
         networks = [run.network for run in runs]
