@@ -1,6 +1,6 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
-from bilinear_ops import analysis, nn, reference
+from bilinear_ops import analysis, nn, plots, reference
 from bilinear_ops.accumulate import rank1_accumulate
 from bilinear_ops.entries import active_interactions, interaction_diagonal, interaction_entries
 from bilinear_ops.forms import eigen_form, layer_inner, neuron_gram, quadratic_form
@@ -49,6 +49,7 @@ __all__ = [
     "neuron_gram",
     "nn",
     "pack_symmetric",
+    "plots",
     "quadratic_form",
     "rank1_accumulate",
     "rank1_linear",

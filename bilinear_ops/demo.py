@@ -7,7 +7,6 @@ The data are the 1797 8x8 images that ship inside scikit-learn; nothing is downl
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilinear_ops import environment, reference
+from bilinear_ops import environment, plots, reference
 from bilinear_ops.analysis import interaction_eigh, truncation_curve
 from bilinear_ops.gated import gated_mlp
 from bilinear_ops.nn import GatedMLP
@@ -160,17 +159,8 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
 
 def save_eigenvectors(values: Tensor, vectors: Tensor, path: str, top: int = 4) -> str:
     """Save each class's strongest eigenvectors as 8x8 images; returns the path. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.15 * top + 0.3), layout="constrained")
-    grid = figure.subplots(top, 10)
-    for rank, digit in itertools.product(range(top), range(10)):
-        axes, image = grid[rank, digit], vectors[digit, rank].view(8, 8).cpu()
-        limit = image.abs().max().item()
-        axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
-        axes.set_title(f"{digit}: {values[digit, rank].item():+.2f}", fontsize=7)
-        axes.axis("off")
-    figure.savefig(path, dpi=150)
+    classes = [str(digit) for digit in range(10)]
+    plots.eigenvectors(vectors[:, :top], (8, 8), values=values[:, :top], labels=classes).savefig(path, dpi=150)
     return path
 
 
