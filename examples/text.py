@@ -24,7 +24,8 @@ from bilinear_ops.analysis import interaction_eigh
 
 RANKS = (1, 2, 4, 8)  # of the truncations reported
 PAIRS = 15  # of input features, to explain an output feature by
-ENOUGH = 30  # held-out tokens on which a feature must be active for its correlation to count
+ENOUGH = 30  # words at which a feature must be active for its correlation to count
+STORIES = 3  # output features described
 
 
 class Sizes(NamedTuple):
@@ -37,7 +38,7 @@ class Sizes(NamedTuple):
     context: int
     batch: int
     steps: int
-    tokens: int  # whose activations are studied; as many again, at most, are held out
+    words: int  # whose activations are studied; as many again, at most, are held out
     features: int
     active: int
     sae_steps: int
@@ -48,10 +49,29 @@ QUICK = Sizes(40, 256, 32, 64, 32, 8, 60, 1 << 12, 64, 4, 200)
 
 
 class Activations(NamedTuple):
-    """What the MLP reads and writes at N tokens, `[N, d]` both; y less its mean over the training tokens."""
+    """N words, what the MLP reads and what it writes there, `[N, d]` both; y less its mean over the training text."""
 
+    words: Tensor
     x: Tensor
     y: Tensor
+
+
+class Features(NamedTuple):
+    """A bilinear MLP between the features of two autoencoders."""
+
+    mlp: bo.nn.GatedMLP
+    inputs: TopKSAE
+    outputs: TopKSAE
+
+    @property
+    def layer(self) -> tuple[Tensor, Tensor, bo.Directions]:
+        """w, v and c of the layer from what the MLP reads to its output features."""
+        return self.mlp.w, self.mlp.v, bo.Directions(self.outputs.encoder, self.mlp.p)
+
+    @property
+    def basis(self) -> Tensor:
+        """`[d, F]`: the directions in which input features act."""
+        return self.inputs.decoder.t()
 
 
 class Findings(NamedTuple):
@@ -64,27 +84,25 @@ class Findings(NamedTuple):
     by_size: float  # output features by their largest interactions alone
     by_coactivation: float  # by the largest once weighted by how input features act together
 
-    def report(self) -> str:
-        """Each claim with its figures."""
-        gain = self.bigram_loss - self.loss
-        rank_2 = self.truncated[1] - self.control[1]
-        weighting = self.by_coactivation - self.by_size
-        return "\n".join(
-            (
-                f"  {gain:.3f} nats below the bigram model (the claim: at least 0.2)",
-                f"  rank 2: {rank_2:.3f} above random directions (at least 0.15)",
-                f"  pairs weighted by co-activation: {weighting:.3f} above the largest (more than 0.15)",
-            )
-        )
+    @property
+    def below_bigram(self) -> float:
+        return self.bigram_loss - self.loss
+
+    @property
+    def above_control(self) -> float:
+        """At rank 2."""
+        return self.truncated[RANKS.index(2)] - self.control[RANKS.index(2)]
+
+    @property
+    def above_size(self) -> float:
+        return self.by_coactivation - self.by_size
 
 
 def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
     """Train, autoencode and measure, printing what happens."""
     torch.manual_seed(seed)
     text = corpus.load(sizes.vocabulary, sizes.documents)
-    print(
-        f"Python's documentation: {len(text.train)} words to learn from, {len(text.test)} of other documents held out"
-    )
+    print(f"Python's documentation: {len(text.train)} words, and {len(text.test)} in other documents held out")
     bigram_loss = corpus.KneserNey(text.train, sizes.vocabulary).loss(text.test)
 
     model = text_model.Transformer(sizes.vocabulary, sizes.d, sizes.h)
@@ -94,114 +112,128 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
     print(f"  held-out loss {loss:.3f} nats a word; a Kneser-Ney bigram model's {bigram_loss:.3f}")
 
     train, test = activations(model, text, sizes)
-    inputs, outputs = autoencoders(train, sizes)
+    options = {"features": sizes.features, "active": sizes.active, "steps": sizes.sae_steps}
+    features = Features(model.mlp, text_sae.train(train.x, **options), text_sae.train(train.y, **options))
     print(f"TopK autoencoders of the MLP's input and output: {sizes.active} of {sizes.features} features active")
-    missed = text_sae.unexplained(inputs, test.x), text_sae.unexplained(outputs, test.y)
+    missed = text_sae.unexplained(features.inputs, test.x), text_sae.unexplained(features.outputs, test.y)
     print(f"  held-out variance unexplained: input {missed[0]:.1%}, output {missed[1]:.1%}")
 
-    mlp = model.mlp.requires_grad_(False)
     random = torch.nn.functional.normalize(torch.randn(sizes.features, sizes.d), dim=1)
-    truncated = truncation(mlp, outputs.encoder, test, sizes.active)
-    control = truncation(mlp, random, test, sizes.active)
-    print("Features of the output by the top eigenvectors of their interaction matrices, where they are active:")
-    print("  correlation at rank" + "".join(f"{rank:>8}" for rank in RANKS))
-    print("  output features    " + "".join(f"{r:8.3f}" for r in truncated))
-    print("  random directions  " + "".join(f"{r:8.3f}" for r in control))
+    truncated = truncation(model.mlp, features.outputs.encoder, test, sizes.active)
+    control = truncation(model.mlp, random, test, sizes.active)
+    print("Output features by the top eigenvectors of their interaction matrices: correlation where they are active")
+    print("  rank              " + "".join(f"{rank:>8}" for rank in RANKS))
+    print("  output features   " + "".join(f"{r:8.3f}" for r in truncated))
+    print("  random directions " + "".join(f"{r:8.3f}" for r in control))
 
-    together = CoActivation(inputs.encode(train.x), outputs.encode(train.y), sizes.features)
-    by_size, by_coactivation = (
-        explained(mlp, inputs, outputs, test, strongest(mlp, inputs, outputs, weight)) for weight in (None, together)
-    )
-    print(f"Features of the output by {PAIRS} pairs of input features: correlation where they are active")
-    print(f"  the largest interactions {by_size:.3f}; weighted by co-activation {by_coactivation:.3f}")
-    return Findings(loss, bigram_loss, truncated, control, by_size, by_coactivation)
+    together = CoActivation(features.inputs.encode(train.x), features.outputs.encode(train.y), sizes.features)
+    largest, weighted = (strongest(features, weight) for weight in (None, together))
+    by_size, by_coactivation = (explained(features, test, top) for top in (largest, weighted))
+    print(f"Output features by {PAIRS} pairs of input features: correlation where they are active")
+    print(f"  the largest interactions {mean(by_size):.3f}; weighted by co-activation {mean(by_coactivation):.3f}")
+    describe(features, model.embed.weight, text.words, train, weighted, by_coactivation)
+    return Findings(loss, bigram_loss, truncated, control, mean(by_size), mean(by_coactivation))
 
 
 @torch.no_grad()
 def activations(model: text_model.Transformer, text: corpus.Corpus, sizes: Sizes) -> tuple[Activations, Activations]:
-    """Of random passages of the training text, and of held-out ones."""
+    """At random passages of the training text, and of the text held out; the model is fixed from here on."""
+    model.requires_grad_(False)
 
-    def inputs(words: Tensor) -> Tensor:
+    def read(words: Tensor) -> tuple[Tensor, Tensor]:
         passages = words[: len(words) // sizes.context * sizes.context].view(-1, sizes.context)
-        chosen = passages[torch.randperm(len(passages))[: sizes.tokens // sizes.context]]
-        return torch.cat([text_model.norm(model.residual(part)).flatten(0, 1) for part in chosen.split(64)])
+        chosen = passages[torch.randperm(len(passages))[: sizes.words // sizes.context]]
+        x = torch.cat([text_model.norm(model.residual(part)).flatten(0, 1) for part in chosen.split(64)])
+        return chosen.flatten(), x
 
-    train, test = inputs(text.train), inputs(text.test)
-    y = model.mlp(train)
-    return Activations(train, y - y.mean(0)), Activations(test, model.mlp(test) - y.mean(0))
-
-
-def autoencoders(train: Activations, sizes: Sizes) -> tuple[TopKSAE, TopKSAE]:
-    """Of the MLP's inputs and of its outputs."""
-    options = {"features": sizes.features, "active": sizes.active, "steps": sizes.sae_steps}
-    return text_sae.train(train.x, **options), text_sae.train(train.y, **options)
+    (train_words, train_x), (test_words, test_x) = read(text.train), read(text.test)
+    train_y, test_y = model.mlp(train_x), model.mlp(test_x)
+    centre = train_y.mean(0)
+    return Activations(train_words, train_x, train_y - centre), Activations(test_words, test_x, test_y - centre)
 
 
 def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, active: int) -> tuple[float, ...]:
-    """How well each direction's top eigenvectors alone follow its activation, where it is active ([P] Fig. 9)."""
+    """How well each direction's top eigenvectors alone follow its activation, at RANKS ([P] section 5)."""
     pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
-    token = torch.arange(len(test.x)).repeat_interleave(active)
-    sums = bo.eigen_form(
-        test.x, pairs.values, pairs.vectors, pairs=(token, codes.indices.flatten()), reduce="cumsum"
-    )  # [N a, max(RANKS)]
-    return tuple(mean_correlation(codes, sums[:, rank - 1], len(directions)) for rank in RANKS)
+    at = torch.arange(len(test.x)).repeat_interleave(active), codes.indices.flatten()
+    sums = bo.eigen_form(test.x, pairs.values, pairs.vectors, pairs=at, reduce="cumsum")  # [N a, max(RANKS)]
+    return tuple(mean(correlations(codes, sums[:, rank - 1], len(directions))) for rank in RANKS)
 
 
 class CoActivation:
-    """E[f_i f_j | output feature k is active], `[F, F]` for each k, over the training tokens."""
+    """E[f_i f_j | output feature k is active], `[F, F]` for each k, over the training text."""
 
     def __init__(self, inputs: Codes, outputs: Codes, features: int):
         self.inputs, self.outputs, self.features = inputs, outputs, features
 
     def __call__(self, k: int) -> Tensor:
-        tokens = (self.outputs.indices == k).any(1)
-        acts = Codes(self.inputs.indices[tokens], self.inputs.acts[tokens]).dense(self.features)
+        rows = (self.outputs.indices == k).any(1)
+        acts = Codes(self.inputs.indices[rows], self.inputs.acts[rows]).dense(self.features)
         return acts.t() @ acts / max(1, len(acts))
 
 
-def strongest(
-    mlp: bo.nn.GatedMLP, inputs: TopKSAE, outputs: TopKSAE, weight: CoActivation | None
-) -> bo.TopInteractions:
+def strongest(features: Features, weight: CoActivation | None) -> bo.TopInteractions:
     """Each output feature's strongest pairs of input features, `[F, PAIRS]`."""
-    c = bo.Directions(outputs.encoder, mlp.p)
-    return bo.interaction_topk(mlp.w, mlp.v, c, PAIRS, score="pair", weight=weight, basis=inputs.decoder.t())
+    return bo.interaction_topk(*features.layer, PAIRS, score="pair", weight=weight, basis=features.basis)
 
 
-def explained(
-    mlp: bo.nn.GatedMLP, inputs: TopKSAE, outputs: TopKSAE, test: Activations, top: bo.TopInteractions
-) -> float:
-    """How well the contributions of an output feature's top pairs follow its activation, where it is active."""
-    read, written = inputs.encode(test.x), outputs.encode(test.y)
-    c, basis = bo.Directions(outputs.encoder, mlp.p), inputs.decoder.t()
-    found = bo.active_interactions(mlp.w, mlp.v, c, basis, read.indices, read.acts, written.indices)
-    features = len(inputs.decoder)
-    chosen = torch.isin(
-        (found.k * features + found.i) * features + found.j, (top.k * features + top.i) * features + top.j
-    )
-    return mean_correlation(written, (found.values * chosen).sum(2).flatten(), len(outputs.encoder))
+def explained(features: Features, test: Activations, top: bo.TopInteractions) -> Tensor:
+    """`[F]`: how well the contributions of an output feature's top pairs follow its activation."""
+    inputs, outputs = features.inputs.encode(test.x), features.outputs.encode(test.y)
+    found = bo.active_interactions(*features.layer, features.basis, inputs.indices, inputs.acts, outputs.indices)
+    count = features.basis.shape[1]
+    found_at, top_at = ((t.k * count + t.i) * count + t.j for t in (found, top))
+    sums = (found.values * torch.isin(found_at, top_at)).sum(2)  # [N, a]
+    return correlations(outputs, sums.flatten(), count)
 
 
-def mean_correlation(codes: Codes, estimates: Tensor, features: int) -> float:
-    """Mean over features of the correlation of activations with their estimates `[N a]`; 0 where these are constant."""
+def correlations(codes: Codes, estimates: Tensor, features: int) -> Tensor:
+    """`[F]`: of activations with estimates `[N a]`, where active; 0 for constant ones, NaN where too rarely active."""
     feature = codes.indices.flatten()
     count = feature.bincount(minlength=features)
 
-    def mean(t: Tensor) -> Tensor:
+    def average(t: Tensor) -> Tensor:
         return t.new_zeros(features).index_add(0, feature, t) / count
 
-    a, b = (t - mean(t)[feature] for t in (codes.acts.flatten().double(), estimates.double()))
-    correlation = mean(a * b) / (mean(a * a) * mean(b * b)).sqrt()
-    return correlation[count >= ENOUGH].nan_to_num(0).mean().item()
+    a, b = (t - average(t)[feature] for t in (codes.acts.flatten().double(), estimates.double()))
+    correlation = average(a * b) / (average(a * a) * average(b * b)).sqrt()
+    return correlation.nan_to_num(0).where(count >= ENOUGH, torch.nan)
+
+
+def mean(correlation: Tensor) -> float:
+    return correlation.nanmean().item()
+
+
+def describe(
+    features: Features, unembed: Tensor, words: list[str], train: Activations, top: bo.TopInteractions, scores: Tensor
+) -> None:
+    """Print the output features of the best scores: the words they promote, and the pairs that make them."""
+    codes = features.inputs.encode(train.x)
+
+    def name(feature: int) -> str:
+        """The two commonest words where an input feature acts most."""
+        peaks = (codes.acts * (codes.indices == feature)).amax(1).topk(50).indices
+        found, counts = train.words[peaks].unique(return_counts=True)
+        return "/".join(words[n] for n in found[counts.argsort(descending=True, stable=True)[:2]])
+
+    print("Those explained best: the words they promote, and pairs of input features, named by words they act at")
+    for k in scores.nan_to_num(0).topk(STORIES).indices.tolist():
+        promoted = (unembed @ features.outputs.decoder[k]).topk(4).indices
+        print(f"  feature {k}: {' '.join(words[n] for n in promoted)}")
+        for value, i, j in zip(*(t[k, :3].tolist() for t in (top.values, top.i, top.j)), strict=True):
+            print(f"    {value:+.3f}  {name(i)} x {name(j)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny and untrained: to see it run, not the findings")
+    parser.add_argument("--quick", action="store_true", help="tiny and barely trained: to see it run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    findings = experiment(QUICK if options.quick else FULL, options.seed)
-    print("The claims:\n" + findings.report())
+    found = experiment(QUICK if options.quick else FULL, options.seed)
+    print(f"Gained on the bigram model: {found.below_bigram:.3f} nats (at full size expected: at least 0.2)")
+    print(f"Rank 2 above random directions: {found.above_control:.3f} (at least 0.15)")
+    print(f"Weighted pairs above the largest: {found.above_size:.3f} (more than 0.15)")
 
 
 if __name__ == "__main__":
