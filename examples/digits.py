@@ -99,9 +99,7 @@ def agreement(first: Network, second: Network, which: str) -> float:
 
 def truncated(network: Network, data: Digits, ranks: int) -> Tensor:
     """Section 4.2: accuracy with 1 to `ranks` eigenvectors of each class `[ranks]`."""
-    values, vectors, *_ = eigenpairs(network, ranks)
-    logits = bo.eigen_form(data.test_x, values, vectors, reduce="cumsum")  # [N, 10, ranks]
-    return (logits.argmax(1) == data.test_y[:, None]).float().mean(0)
+    return bo.analysis.truncation_curve(data.test_x, eigenpairs(network, ranks), data.test_y)
 
 
 def projected(network: Network, data: Digits, ranks: int) -> Tensor:
