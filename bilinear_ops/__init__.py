@@ -22,6 +22,7 @@ from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.ranking import interaction_moments, interaction_topk
 from bilinear_ops.reference.interaction import ActiveInteractions, Directions, InteractionMoments, TopInteractions
 from bilinear_ops.sparse import rank1_sparse
+from bilinear_ops.tuning import warmup
 
 __version__ = "0.1.0"
 
@@ -58,4 +59,5 @@ __all__ = [
     "stochastic_rank1_linear",
     "unpack_symmetric",
     "upper_leaky_hard_sigmoid",
+    "warmup",
 ]
