@@ -253,6 +253,23 @@ def test_errors():
         interaction_eigh(None, v, c)
 
 
+@pytest.mark.parametrize("method", ["auto", "dense", "iterative"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("h", "d"), [(4, 5), (80, 90), (6, 90), (200, 300)])
+def test_what_is_not_finite_stays_with_its_direction(h, d, method, bad):
+    w, v, c = layer(h, d, 3)
+    whole = interaction_eigh(w, v, c, 2, method=method)
+    c[1, 2] = bad
+    pairs = interaction_eigh(w, v, c, 2, method=method)
+    assert pairs.converged.tolist() == [True, False, True]
+    assert pairs.values[1].isnan().all() and pairs.vectors[1].isnan().all() and pairs.next_abs[1].isnan()
+    torch.testing.assert_close(
+        pairs.values[::2], whole.values[::2], rtol=0, atol=1e-6 * whole.values.abs().max().item()
+    )
+    w[3, 4] = bad
+    assert not interaction_eigh(w, v, c, 2, method=method).converged.any()
+
+
 def test_progress(monkeypatch):
     w, v, c = layer(4, 5, 3)
     bars = []
