@@ -160,6 +160,19 @@ def test_auto_refines_what_did_not_converge(monkeypatch):
     check(interaction_eigh(w, v, c, 2, tol=1e-8), matrices(w, v, c), 2, "abs")
 
 
+def test_what_was_not_confirmed_says_so(monkeypatch):
+    """However small its residuals are."""
+    found = lanczos.lanczos
+
+    def unconfirmed(*args):
+        pairs = found(*args)
+        return pairs._replace(found=pairs.found & False)
+
+    monkeypatch.setattr(eigensolvers, "lanczos", unconfirmed)
+    pairs = interaction_eigh(*layer(150, 150, 3), 2, method="iterative")
+    assert (pairs.residuals < 1e-4 * pairs.values[:, :1].abs()).all() and not pairs.converged.any()
+
+
 def test_half_precision_is_widened():
     w, v, c = (t.bfloat16() for t in layer(30, 60, 3))
     pairs = interaction_eigh(w, v, c, 2)
