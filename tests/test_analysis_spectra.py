@@ -160,6 +160,19 @@ def test_auto_refines_what_did_not_converge(monkeypatch):
     check(interaction_eigh(w, v, c, 2, tol=1e-8), matrices(w, v, c), 2, "abs")
 
 
+def test_what_was_not_confirmed_says_so(monkeypatch):
+    """However small its residuals are."""
+    found = lanczos.lanczos
+
+    def unconfirmed(*args):
+        pairs = found(*args)
+        return pairs._replace(found=pairs.found & False)
+
+    monkeypatch.setattr(eigensolvers, "lanczos", unconfirmed)
+    pairs = interaction_eigh(*layer(150, 150, 3), 2, method="iterative")
+    assert (pairs.residuals < 1e-4 * pairs.values[:, :1].abs()).all() and not pairs.converged.any()
+
+
 def test_half_precision_is_widened():
     w, v, c = (t.bfloat16() for t in layer(30, 60, 3))
     pairs = interaction_eigh(w, v, c, 2)
@@ -251,6 +264,23 @@ def test_errors():
         interaction_eigh(w, v, c, basis=w)
     with pytest.raises(TypeError, match="w must be a torch.Tensor"):
         interaction_eigh(None, v, c)
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "iterative"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("h", "d"), [(4, 5), (80, 90), (6, 90), (200, 300)])
+def test_what_is_not_finite_stays_with_its_direction(h, d, method, bad):
+    w, v, c = layer(h, d, 3)
+    whole = interaction_eigh(w, v, c, 2, method=method)
+    c[1, 2] = bad
+    pairs = interaction_eigh(w, v, c, 2, method=method)
+    assert pairs.converged.tolist() == [True, False, True]
+    assert pairs.values[1].isnan().all() and pairs.vectors[1].isnan().all() and pairs.next_abs[1].isnan()
+    torch.testing.assert_close(
+        pairs.values[::2], whole.values[::2], rtol=0, atol=1e-6 * whole.values.abs().max().item()
+    )
+    w[3, 4] = bad
+    assert not interaction_eigh(w, v, c, 2, method=method).converged.any()
 
 
 def test_progress(monkeypatch):

@@ -37,6 +37,15 @@ def subspace(n: int) -> int:
     return max(40, 3 * n + 24)
 
 
+def eigh(q: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of lower triangles, NaN where a matrix is not finite: that function may raise for all."""
+    broken = ~q.isfinite().flatten(1).all(1)
+    if not broken.any():
+        return torch.linalg.eigh(q)
+    values, vectors = torch.linalg.eigh(q.masked_fill(broken[:, None, None], 0.0))
+    return values.masked_fill(broken[:, None], torch.nan), vectors.masked_fill(broken[:, None, None], torch.nan)
+
+
 def lanczos(operator: Operator, like: Tensor, n: int, order: Callable[[Tensor], Tensor], tol: float) -> RitzPairs:
     """The first n eigenpairs of each matrix, with guards.
 
@@ -101,12 +110,12 @@ def _converge(
     for look in range(MOST_LOOKS):
         beta = _extend(operator, basis, t, m, stop, scale, fresh)
         m = stop
-        theta, s = torch.linalg.eigh(t[:, :m, :m])
+        theta, s = eigh(t[:, :m, :m])
         index = order(theta)
         theta, s = theta.gather(1, index), s.gather(2, index.unsqueeze(1).expand_as(s))
         residuals = beta * s[:, -1, :kept].abs()
         found = (residuals <= tol * theta.abs().amax(1, keepdim=True)).all(1)
-        over = found if look < MOST_LOOKS - 1 else torch.ones_like(found)
+        over = found | theta[:, 0].isnan() if look < MOST_LOOKS - 1 else torch.ones_like(found)
         if over.any():
             ritz = theta[over, :kept], s[over, :, :kept].mT @ basis[over, :m], residuals[over], found[over]
             for of_all, of_some in zip(pairs, ritz, strict=True):

@@ -65,10 +65,12 @@ def interaction_eigh(
 
     Returns:
         `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. From the iterative method
-        `next_abs` is an estimate from above, by the pairs next to those returned.
+        `next_abs` is an estimate from above, by the pairs next to those returned. A matrix that is not finite has NaN
+        for eigenpairs, and did not converge.
 
     Raises:
-        RuntimeError: mismatched shapes, dtypes or devices.
+        RuntimeError: mismatched shapes, dtypes or devices; in backward, a gradient that does not exist, or
+            create_graph=True.
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown which or method; n, tol or chunk_bytes out of range.
         ModuleNotFoundError: progress without tqdm.
@@ -96,7 +98,7 @@ def interaction_eigh(
     with torch.no_grad():
         layer = compress(w, v, basis, count)
     h, d = layer.w.shape
-    way = plan(method, h, d, count)
+    way = plan(method, sizes["K"], h, d, count)
     parts = []
     for part in _chunks(c, max(1, chunk_bytes // (way.workspace * w.itemsize)), progress):
         with torch.no_grad():
