@@ -40,12 +40,12 @@ class Sizes(NamedTuple):
     steps: int
     words: int  # whose activations are studied; as many again, at most, are held out
     features: int
-    active: int
+    active: tuple[int, int]  # features at a word, of the input and of the output
     sae_steps: int
 
 
-FULL = Sizes(None, 2048, 256, 1024, 64, 16, 800, 1 << 16, 512, 8, 600)
-QUICK = Sizes(40, 256, 32, 64, 32, 8, 60, 1 << 12, 64, 4, 200)
+FULL = Sizes(None, 2048, 256, 1024, 64, 16, 800, 1 << 16, 512, (16, 8), 600)
+QUICK = Sizes(40, 256, 32, 64, 32, 8, 60, 1 << 12, 64, (4, 4), 200)
 
 
 class Activations(NamedTuple):
@@ -112,25 +112,31 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
     print(f"  held-out loss {loss:.3f} nats a word; a Kneser-Ney bigram model's {bigram_loss:.3f}")
 
     train, test = activations(model, text, sizes)
-    options = {"features": sizes.features, "active": sizes.active, "steps": sizes.sae_steps}
-    features = Features(model.mlp, text_sae.train(train.x, **options), text_sae.train(train.y, **options))
-    print(f"TopK autoencoders of the MLP's input and output: {sizes.active} of {sizes.features} features active")
-    missed = text_sae.unexplained(features.inputs, test.x), text_sae.unexplained(features.outputs, test.y)
+    inputs, outputs = (
+        text_sae.train(data, features=sizes.features, active=active, steps=sizes.sae_steps)
+        for data, active in zip((train.x, train.y), sizes.active, strict=True)
+    )
+    features = Features(model.mlp, inputs, outputs)
+    print(
+        f"TopK autoencoders, {sizes.features} features: {sizes.active[0]} active in, {sizes.active[1]} out of the MLP"
+    )
+    missed = text_sae.unexplained(inputs, test.x), text_sae.unexplained(outputs, test.y)
     print(f"  held-out variance unexplained: input {missed[0]:.1%}, output {missed[1]:.1%}")
 
     random = torch.nn.functional.normalize(torch.randn(sizes.features, sizes.d), dim=1)
-    truncated = truncation(model.mlp, features.outputs.encoder, test, sizes.active)
-    control = truncation(model.mlp, random, test, sizes.active)
+    truncated = truncation(model.mlp, outputs.encoder, test, sizes.active[1])
+    control = truncation(model.mlp, random, test, sizes.active[1])
     print("Output features by the top eigenvectors of their interaction matrices: correlation where they are active")
     print("  rank              " + "".join(f"{rank:>8}" for rank in RANKS))
     print("  output features   " + "".join(f"{r:8.3f}" for r in truncated))
     print("  random directions " + "".join(f"{r:8.3f}" for r in control))
 
-    together = CoActivation(features.inputs.encode(train.x), features.outputs.encode(train.y), sizes.features)
+    together = CoActivation(inputs.encode(train.x), outputs.encode(train.y), sizes.features)
     largest, weighted = (strongest(features, weight) for weight in (None, together))
     by_size, by_coactivation = (explained(features, test, top) for top in (largest, weighted))
     print(f"Output features by {PAIRS} pairs of input features: correlation where they are active")
     print(f"  the largest interactions {mean(by_size):.3f}; weighted by co-activation {mean(by_coactivation):.3f}")
+    print(f"  all pairs, as far as input features go {mean(reconstructed(features, test)):.3f}")
     describe(features, model.embed.weight, text.words, train, weighted, by_coactivation)
     return Findings(loss, bigram_loss, truncated, control, mean(by_size), mean(by_coactivation))
 
@@ -180,12 +186,18 @@ def strongest(features: Features, weight: CoActivation | None) -> bo.TopInteract
 
 def explained(features: Features, test: Activations, top: bo.TopInteractions) -> Tensor:
     """`[F]`: how well the contributions of an output feature's top pairs follow its activation."""
-    inputs, outputs = features.inputs.encode(test.x), features.outputs.encode(test.y)
-    found = bo.active_interactions(*features.layer, features.basis, inputs.indices, inputs.acts, outputs.indices)
-    count = features.basis.shape[1]
-    found_at, top_at = ((t.k * count + t.i) * count + t.j for t in (found, top))
-    sums = (found.values * torch.isin(found_at, top_at)).sum(2)  # [N, a]
-    return correlations(outputs, sums.flatten(), count)
+    acts = features.inputs.encode(test.x).dense(features.basis.shape[1])  # [N, F]
+    codes = features.outputs.encode(test.y)
+    row = torch.arange(len(acts)).repeat_interleave(codes.indices.shape[1]).unsqueeze(1)
+    values, i, j = (t[codes.indices.flatten()] for t in (top.values, top.i, top.j))  # [N a, PAIRS]
+    return correlations(codes, (values * acts[row, i] * acts[row, j]).sum(1), len(top.values))
+
+
+def reconstructed(features: Features, test: Activations) -> Tensor:
+    """`[F]`: how well all pairs together do, which is the MLP on what the input features make of x."""
+    codes = features.outputs.encode(test.y)
+    y = features.mlp(features.inputs(test.x)) @ features.outputs.encoder.t()  # [N, F]
+    return correlations(codes, y.gather(1, codes.indices).flatten(), y.shape[1])
 
 
 def correlations(codes: Codes, estimates: Tensor, features: int) -> Tensor:

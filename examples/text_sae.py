@@ -29,15 +29,12 @@ def encode(y: Tensor, directions: Tensor, active: int) -> Codes:
 
 
 class TopKSAE(nn.Module):
-    """y `[N, d]` -> sum of its active features' activations times their decoder directions, both parameters `[F, d]`.
+    """y `[N, d]` -> sum of its active features' activations times their decoder directions; parameters `[F, d]`."""
 
-    Both begin as rows of the data: random directions would leave many features never active.
-    """
-
-    def __init__(self, data: Tensor, features: int, active: int):
+    def __init__(self, d: int, features: int, active: int):
         super().__init__()
         self.active = active
-        self.decoder = nn.Parameter(F.normalize(data[torch.randperm(len(data))[:features]], dim=1))
+        self.decoder = nn.Parameter(F.normalize(torch.randn(features, d), dim=1))
         self.encoder = nn.Parameter(self.decoder.detach().clone())
 
     def encode(self, y: Tensor) -> Codes:
@@ -49,7 +46,7 @@ class TopKSAE(nn.Module):
 
 def train(data: Tensor, *, features: int, active: int, steps: int) -> TopKSAE:
     """An autoencoder of the rows of data `[N, d]` by least squares, its decoder directions of norm 1."""
-    sae = TopKSAE(data, features, active)
+    sae = TopKSAE(data.shape[1], features, active)
     optimizer = torch.optim.Adam(sae.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
