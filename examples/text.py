@@ -20,7 +20,7 @@ from text_sae import Codes, TopKSAE
 from torch import Tensor
 
 import bilinear_ops as bo
-from bilinear_ops.analysis import interaction_eigh
+from bilinear_ops.analysis import interaction_eigh, truncation_correlation
 
 RANKS = (1, 2, 4, 8)  # of the truncations reported
 PAIRS = 15  # of input features, to explain an output feature by
@@ -162,9 +162,9 @@ def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, activ
     """How well each direction's top eigenvectors alone follow its activation, at RANKS ([P] section 5)."""
     pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
-    at = torch.arange(len(test.x)).repeat_interleave(active), codes.indices.flatten()
-    sums = bo.eigen_form(test.x, pairs.values, pairs.vectors, pairs=at, reduce="cumsum")  # [N a, max(RANKS)]
-    return tuple(mean(correlations(codes, sums[:, rank - 1], len(directions))) for rank in RANKS)
+    found = truncation_correlation(test.x, pairs, codes.indices, codes.acts)
+    found_often = found.corr[found.count >= ENOUGH]
+    return tuple(mean(found_often[:, rank - 1]) for rank in RANKS)
 
 
 class CoActivation:
