@@ -47,8 +47,9 @@ def main(words: list[str] | None = None, run: Callable[..., subprocess.Completed
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.child:
-        print(f"{len(launch_all(torch.device('cuda'), arguments.only))} workloads launched")
-        return 0
+        launched = launch_all(torch.device("cuda"), arguments.only)
+        print(f"{len(launched)} workloads launched")
+        return int(not launched)
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2

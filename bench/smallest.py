@@ -1,4 +1,4 @@
-"""Every kernel on every way in, at the smallest sizes that have a tail: for the GPU tests and for compute-sanitizer."""
+"""Every kernel on every way in (but TF32), at the smallest sizes with a tail: for GPU tests and compute-sanitizer."""
 
 from __future__ import annotations
 

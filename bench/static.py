@@ -1,6 +1,6 @@
 """What a machine without a GPU can prove: every kernel, at every tile of its table, compiled for its real targets.
 
-    python -m bench.static [--target sm_90 ...] [--kernel NAME] [--histogram] [--update]
+    python -m bench.static [--target sm_90 ...] [--kernel NAME] [--jobs N] [--histogram] [--update]
 
 The launchers run as they are, on meta tensors, with compilation in place of the launch: what is checked is what a
 user's call would compile. Registers, shared memory, spills and the main loop are read from the machine code, and
@@ -11,14 +11,18 @@ a second run is quick.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -37,6 +41,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+Family: TypeAlias = Callable[[str], Iterator["Case"]]
 BASELINE = Path(__file__).parent / "static_baseline.json"
 
 
@@ -198,14 +203,28 @@ def rank1_cases(arch: str) -> Iterator[Case]:
 FAMILIES = (gated_cases, interaction_cases, rank1_cases)
 
 
-def reports(arch: str, only: str = "") -> Iterator[Report]:
-    """Compile every case of every family for `arch` and read its machine code."""
-    for cases in FAMILIES:
+def reports(arch: str, only: str = "", families: Iterable[Family] = FAMILIES) -> Iterator[Report]:
+    """Compile every case of the families for `arch` and read its machine code."""
+    for cases in families:
         for case in cases(arch):
             with compiling(arch, only) as compiled:
                 case.call()
             for name, kernel in compiled:
                 yield Report(name, case.name, arch, kernel.metadata.shared, sass.read(kernel, arch))
+
+
+def _family(arch: str, cases: Family, only: str) -> list[Report]:
+    return list(reports(arch, only, (cases,)))
+
+
+def all_reports(targets: list[str], only: str, jobs: int) -> Iterator[Report]:
+    """The reports of all targets, in order; families compile beside each other, in `jobs` processes."""
+    tasks = zip(*itertools.product(targets, FAMILIES, (only,)), strict=True)
+    if jobs == 1:
+        yield from itertools.chain.from_iterable(map(_family, *tasks))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from itertools.chain.from_iterable(pool.map(_family, *tasks))
 
 
 def load_baseline(path: Path = BASELINE) -> dict[str, dict[str, Any]]:
@@ -232,6 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one for each core")
     parser.add_argument("--histogram", action="store_true", help="print the instructions of every main loop")
     parser.add_argument("--update", action="store_true", help="write what was found to the baseline")
     arguments = parser.parse_args()
@@ -240,17 +260,16 @@ def main() -> int:
     failures, changed = [], []
     columns = f"{'reg':>4} {'shared':>7} {'spills':>6} {'loop':>5} {'tensor':>6}"
     print(f"{'kernel':22} {'case':44} {'target':7} {columns}  matrix instructions of the main loop")
-    for arch in arguments.target:
-        for r in reports(arch, arguments.kernel):
-            found = figures[str(r)] = r.figures()
-            tensor = "-" if r.code.tensor is None else f"{r.code.tensor:.2f}"
-            matrix = " ".join(f"{k}:{n}" for k, n in r.code.matrix.items())
-            numbers = f"{r.code.registers:4} {r.shared:7} {r.code.spills:6} {found['loop']:5} {tensor:>6}"
-            print(f"{r.kernel:22} {r.case:44} {r.target:7} {numbers}  {matrix}", flush=True)
-            if arguments.histogram:
-                print("   ", " ".join(f"{k}:{n}" for k, n in r.code.histogram.items()))
-            failures += r.failures()
-            changed.append(changes(str(r), baseline.get(str(r)), found))
+    for r in all_reports(arguments.target, arguments.kernel, arguments.jobs):
+        found = figures[str(r)] = r.figures()
+        tensor = "-" if r.code.tensor is None else f"{r.code.tensor:.2f}"
+        matrix = " ".join(f"{k}:{n}" for k, n in r.code.matrix.items())
+        numbers = f"{r.code.registers:4} {r.shared:7} {r.code.spills:6} {found['loop']:5} {tensor:>6}"
+        print(f"{r.kernel:22} {r.case:44} {r.target:7} {numbers}  {matrix}", flush=True)
+        if arguments.histogram:
+            print("   ", " ".join(f"{k}:{n}" for k, n in r.code.histogram.items()))
+        failures += r.failures()
+        changed.append(changes(str(r), baseline.get(str(r)), found))
     print("\ntensor: a model, of the clocks that the main loop's instructions take; nothing here was timed")
     print("\n".join(filter(None, changed)) if baseline else "no baseline of this version of Triton to compare with")
     if arguments.update:

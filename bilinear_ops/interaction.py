@@ -51,7 +51,8 @@ def iter_interaction_matrices(
     Args:
         w, v, c, layout, impl: as for `interaction_matrices`.
         chunk_bytes: what the tensors of a chunk, its workspace and the chunk before it, which the caller's loop may
-            still hold, take together at most; a library's own buffers (a few MB) are not counted.
+            still hold, take together at most. Not counted are a library's own buffers (a few MB), and what tuning takes
+            while it measures and by what it prefers.
 
     Yields:
         (slice of the directions, their matrices), in order; each chunk is a tensor of its own.

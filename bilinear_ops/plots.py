@@ -133,11 +133,13 @@ def cluster(q: Tensor, clusters: int) -> list[list[int]]:
     Raises:
         RuntimeError: q is not square.
         TypeError: q is not a floating-point tensor.
-        ValueError: clusters out of range.
+        ValueError: clusters out of range, or q not finite.
     """
     size = _dispatch.check(q=(q, "F F"))["F"]
     if not 1 <= clusters <= size:
         raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
+    if not q.isfinite().all():
+        raise ValueError("q must be finite to be clustered")
     rows = normalize(q.detach().double(), dim=1)
     similarity = (rows @ rows.t()).fill_diagonal_(-math.inf)
     groups = {i: [i] for i in range(size)}

@@ -43,7 +43,8 @@ def warmup(
         if not isinstance(argument, tuple):
             return argument
         if not all(isinstance(n, int) for n in argument):
-            return type(argument)(*map(drawn, argument))  # Directions of shapes
+            parts = tuple(map(drawn, argument))
+            return type(argument)(*parts) if hasattr(argument, "_fields") else parts  # Directions, or a plain tuple
         t = torch.randn(argument, generator=generator, device=device).to(dtype)
         return t.requires_grad_(backward)
 

@@ -315,6 +315,7 @@ def main(arguments: list[str] | None = None) -> Study:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter trainings: seconds, rougher figures")
     parser.add_argument("--out", type=Path, default=Path(), help="where figures are saved; default: here")
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     sizes, seeds, steps = (HIDDEN[:1], QUICK_SEEDS, QUICK_STEPS) if options.quick else (HIDDEN, SEEDS, STEPS)
 
     data = load_digits()

@@ -160,6 +160,18 @@ def test_auto_refines_what_did_not_converge(monkeypatch):
     check(interaction_eigh(w, v, c, 2, tol=1e-8), matrices(w, v, c), 2, "abs")
 
 
+def test_refining_keeps_the_budget(monkeypatch):
+    """What the iterative method may hold of many directions is room for few dense ones."""
+    monkeypatch.setattr(lanczos, "MOST_LOOKS", 1)
+    made, sizes, dense = eigensolvers.plan, [], eigensolvers._dense
+    monkeypatch.setattr("bilinear_ops.analysis.spectra.plan", lambda method, *args: made("iterative", *args))
+    monkeypatch.setattr(eigensolvers, "_dense", lambda q, *rest: sizes.append(q.nbytes) or dense(q, *rest))
+    w, v, c = layer(150, 150, 20)
+    budget = 1 << 21
+    check(interaction_eigh(w, v, c, 1, tol=1e-8, chunk_bytes=budget), matrices(w, v, c), 1, "abs")
+    assert len(sizes) > 1 and 4 * max(sizes) <= budget
+
+
 def test_what_was_not_confirmed_says_so(monkeypatch):
     """However small its residuals are."""
     found = lanczos.lanczos
@@ -212,6 +224,21 @@ def test_gradients(h, d, features, n, which, method):
     exact = torch.autograd.grad([values, signs * vectors], tensors, [dvalues, dvectors])
     for a, b in zip(got, exact, strict=True):
         assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_gradient_under_autocast_is_not_cast():
+    """Products in bfloat16 would never reach the solver's accuracy."""
+    w, v, c = (t.requires_grad_() for t in layer(9, 6, 2, torch.float32))
+    loss = interaction_eigh(w, v, c).vectors.pow(3).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert w.grad.isfinite().all()
+
+
+def test_no_eigenpairs_have_no_gradient():
+    w, v, c = (t.requires_grad_() for t in layer(9, 6, 2))
+    interaction_eigh(w, v, c, 0).vectors.sum().backward()
+    assert not w.grad.any()
 
 
 def test_gradient_of_the_span_of_equal_eigenvalues():
@@ -318,6 +345,9 @@ def test_measures():
     assert effective_rank(torch.zeros(3)).isnan() and hoyer(torch.zeros(3)).isnan()
     half = torch.full((4096,), 100.0, dtype=torch.float16)  # sums and squares beyond its range
     assert effective_rank(half) == 4096
+    for size in (1e25, 1e-25):  # squares beyond float32's
+        assert effective_rank(torch.full((4,), size)) == 4 and hoyer(torch.full((4,), size)) == 0
+    assert effective_rank(torch.ones(3, 0)).isnan().all()
     with pytest.raises(RuntimeError, match="at least 2 entries"):
         hoyer(torch.ones(3, 1))
     with pytest.raises(TypeError, match="t must be"):

@@ -69,6 +69,7 @@ def test_report_for_people():
     assert re.search(r"^  TRITON_CACHE_DIR ", done.stdout, re.M)
 
 
+@pytest.mark.slow  # a step of its own in CI, where it fails by its exit status
 def test_demo_end_to_end():
     pytest.importorskip("sklearn")
     done = run("demo", "--device", "cpu")

@@ -53,10 +53,8 @@ def test_gated_sizes(activation, shape, dtype, device):
     assert_right([t.to(device) for t in inputs(*shape, dtype)], activation, "triton")
 
 
-def replayed(run: Run, device: str) -> tuple[Tensor, ...]:
-    """What `run` leaves when it is captured and replayed; on a CPU, when it runs."""
-    if device == "cpu":
-        return run()
+def replayed(run: Run) -> tuple[Tensor, ...]:
+    """What `run` leaves when it is captured and replayed."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
@@ -67,9 +65,7 @@ def replayed(run: Run, device: str) -> tuple[Tensor, ...]:
     return found
 
 
-def on_side_stream(run: Run, device: str) -> tuple[Tensor, ...]:
-    if device == "cpu":
-        return run()
+def on_side_stream(run: Run) -> tuple[Tensor, ...]:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         found = run()
@@ -77,15 +73,14 @@ def on_side_stream(run: Run, device: str) -> tuple[Tensor, ...]:
     return found
 
 
+@ON_GPU
 @pytest.mark.parametrize("way", (replayed, on_side_stream))
-@pytest.mark.parametrize(
-    ("device", "name"), [("cpu", ONE_EACH[0])] + [pytest.param("cuda", n, marks=GPU.marks) for n in ONE_EACH]
-)
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_same_bits_from_a_graph_and_on_a_side_stream(name, way, device):
     workload = find(name, device)
     run = workload.ours(*workload.inputs(0))
     expected = [t.clone() for t in run()]  # compiles, too
-    assert all(map(torch.equal, way(run, device), expected))
+    assert all(map(torch.equal, way(run), expected))
 
 
 @ON_GPU

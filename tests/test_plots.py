@@ -85,6 +85,13 @@ def test_interactions_show_clusters(sizes):
     assert [line.get_xdata()[0] for line in axes.get_lines()[1::2]] == [edge - 0.5 for edge in edges]
 
 
+def test_what_is_not_finite_has_no_clusters():
+    q = torch.eye(3)
+    q[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="q must be finite"):
+        plots.cluster(q, 2)
+
+
 def test_clusters_lie_beside_what_they_resemble():
     """Cut finely, the groups of one coarse cluster are neighbours."""
     q, block = planted((4, 6, 5))

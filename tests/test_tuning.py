@@ -41,6 +41,8 @@ def stochastic(impl="triton"):
 
 def sparse(impl="triton"):
     x, read, write = (randn(*s, requires_grad=True) for s in ((4, 6), (6, 400), (400, 5)))
+    pairs = torch.tensor([1, 3]), torch.tensor([0, 2])
+    bo.warmup(bo.eigen_form, (4, 6), (3, 2), (3, 2, 6), pairs=pairs, device="cpu")
     indices = torch.arange(8).view(4, 2)
     return bo.rank1_sparse(x, read, write, indices, randn(4, 2), impl=impl)
 

@@ -15,7 +15,7 @@ from bilinear_ops.analysis.singular import fix_signs, hosvd
 from bilinear_ops.gated import gated_mlp
 
 GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
-SEEDS = 64  # climbs at least
+SEEDS = 64  # climbs, where the output directions have as many Ritz vectors
 SEED_KRYLOV, STEP_KRYLOV = 24, 6  # dimensions of the Krylov spaces of a seed and of an alternating step
 SAME = 0.99  # |cosine| of two climbs that ended at one maximum
 

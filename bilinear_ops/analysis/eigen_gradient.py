@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from bilinear_ops import _dispatch
+
 
 def differentiable(
     products: Tensor, values: Tensor, vectors: Tensor, multiply: Callable[[Tensor], Tensor]
@@ -36,12 +38,13 @@ class _EigenPairs(torch.autograd.Function):
         return values.clone(), vectors.clone()
 
     @staticmethod
+    @_dispatch.without_autocast
     def backward(ctx: Any, dvalues: Tensor | None, dvectors: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("eigenpairs are differentiable once, so their gradient takes no create_graph=True")
         values, vectors = ctx.saved_tensors
         gradient = torch.zeros_like(vectors) if dvalues is None else dvalues.unsqueeze(2) * vectors
-        if dvectors is not None:
+        if dvectors is not None and vectors.numel():
             gradient += _resolvent(values, vectors, dvectors, ctx.multiply)
         return gradient, None, None, None
 

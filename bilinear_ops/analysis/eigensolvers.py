@@ -68,9 +68,14 @@ def plan(method: str, outputs: int, h: int, d: int, count: int) -> Plan:
     calls = steps * 20_000_000 // max(1, outputs)  # some 0.2 ms a step, which all matrices share
     iterations = min(with_factors, with_q) + orthogonalising + calls + steps // STEPS * _decomposition(m)
     if method == "dense" or m >= d or (method == "auto" and dense <= iterations):
-        return Plan(False, True, 4 * d * d + 1)
+        return Plan(False, True, _dense_workspace(d))
     form = with_q < with_factors
     return Plan(True, form, 2 * (m + count + GUARDS) * d + 8 * h + (2 * d * d if form else 0) + 1)
+
+
+def _dense_workspace(d: int) -> int:
+    """Elements for a direction: its matrix, eigenvectors, and what finding them takes."""
+    return 4 * d * d + 1
 
 
 def _decomposition(d: int) -> int:
@@ -97,11 +102,12 @@ def solve(
     else:
         operator = Factored(layer.w, layer.v, coefficients(c)) if q is None else Formed(q)
         solution = _iterative(operator, layer.w, count, order, tol)
-        missed = ~solution.found
-        if refine and missed.any():
-            q = interaction_matrices(layer.w, layer.v, coefficients(c)[missed]) if q is None else q[missed]
-            for t, better in zip(solution, _dense(q, count, order), strict=True):
-                t[missed] = better
+        missed = (~solution.found).nonzero()[:, 0] if refine else solution.found.new_empty(0, dtype=torch.int64)
+        room = len(solution.found) * plan.workspace // _dense_workspace(layer.w.shape[1])
+        for rows in missed.split(max(1, room)) if len(missed) else ():
+            some = interaction_matrices(layer.w, layer.v, coefficients(c)[rows]) if q is None else q[rows]
+            for t, better in zip(solution, _dense(some, count, order), strict=True):
+                t[rows] = better
     return solution if layer.lift is None else solution._replace(vectors=solution.vectors @ layer.lift)
 
 

@@ -46,6 +46,8 @@ def hoyer(t: Tensor) -> Tensor:
 
 def _l1_over_l2(t: Tensor) -> Tensor:
     (t,) = widen(t)
+    if t.shape[-1]:
+        t = t / t.detach().abs().amax(-1, keepdim=True)  # whose squares might leave the dtype's range
     return t.norm(p=1, dim=-1) / t.norm(dim=-1)
 
 

@@ -57,15 +57,12 @@ def truncate(
         ValueError: unknown which, n out of range; without refit, directions as `reexpress` refuses them.
     """
     _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
+    outputs = None if directions is None or refit else reexpress(w, v, p, directions).outputs.t().to(p.dtype)
     pairs = interaction_eigh(w, v, p if directions is None else Directions(directions, p), n, which=which)
     if refit:
         vectors = pairs.vectors.flatten(0, 1)
-        outputs = _nearest(w, v, p, vectors)
-        return QuadraticLayer(vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), outputs)
-    if directions is None:
-        return QuadraticLayer(pairs.values, pairs.vectors)
-    outputs = reexpress(w, v, p, directions).outputs.t()
-    return QuadraticLayer(pairs.values, pairs.vectors, outputs.to(p.dtype))
+        return QuadraticLayer(vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), _nearest(w, v, p, vectors))
+    return QuadraticLayer(pairs.values, pairs.vectors, outputs)
 
 
 def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
