@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Contender, Run, Tensors, Workload, compiled, draw, forward, has, has_compiler, training_step
+from bench.workload import (
+    Contender,
+    Run,
+    Tensors,
+    Workload,
+    compiled,
+    draw,
+    forward,
+    has,
+    has_compiler,
+    tiling,
+    training_step,
+)
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.reference.gated import activate
 
@@ -32,7 +44,16 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     for shape in shapes:
         for activation, beta in ALL_CASES if size == "full" and shape == shapes[0] else CASES:
             for backward in (False, True):
-                yield _mlp(device, size, impl, shape, activation, beta, backward)
+                yield _mlp(device, size, impl, shape, activation, beta, backward, _dtype(device))
+    if device.type == "cuda":
+        for dtype in (torch.float16, torch.float32):
+            for shape in shapes[:2]:
+                for backward in (False, True):
+                    yield _mlp(device, size, impl, shape, "silu", 1.0, backward, dtype)
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _mlp(
@@ -43,9 +64,9 @@ def _mlp(
     activation: str,
     beta: float,
     backward: bool,
+    dtype: torch.dtype,
 ) -> Workload:
     m, d, h = shape
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options: dict[str, Any] = {"activation": activation, "beta": beta}
     timed = training_step if backward else forward
 
@@ -66,7 +87,7 @@ def _mlp(
     if has_compiler(device) and size == "full":
         baselines["eager, compiled"] = timed(compiled(eager))
         baselines["packed, compiled"] = timed_packed(compiled(packed))
-    if device.type == "cuda" and activation == "silu":
+    if device.type == "cuda" and activation == "silu" and dtype == torch.bfloat16:
         if has("liger_kernel"):
             baselines["liger"] = timed(_liger)
         if has("quack"):
@@ -142,54 +163,24 @@ def _matmuls(x: Tensor, w: Tensor, v: Tensor, p: Tensor, *dy: Tensor) -> Run:
     return run
 
 
-# (block_m, block_n, block_k, warps, stages, group_m, blocks_per_sm)
-FORWARD_TILES = (
-    (128, 128, 64, 8, 3, 8, 1),
-    (128, 128, 64, 8, 3, 16, 1),
-    (128, 64, 64, 4, 3, 8, 2),
-    (128, 64, 64, 8, 4, 8, 1),
-    (64, 128, 64, 4, 3, 8, 1),
-    (128, 128, 32, 8, 5, 8, 1),
-)
-BACKWARD_TILES = (
-    (128, 128, 64, 8, 3, 8, 1),
-    (128, 128, 64, 8, 4, 8, 1),
-    (128, 128, 64, 4, 3, 8, 1),
-    (128, 256, 64, 8, 3, 8, 1),
-    (128, 64, 64, 4, 3, 8, 2),
-    (256, 128, 64, 8, 3, 8, 1),
-)
-
-
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
-    """The two fused kernels at the table's tile, at others, and as library GEMMs around the gate kernel."""
-    if device.type != "cuda":
-        return
+    """The two fused kernels at the table's tile and at every candidate that tuning would measure."""
     from bilinear_ops.kernels import gated
-    from bilinear_ops.kernels.config import Tile
 
-    def forward_through(backend: ModuleType, *tiles: object) -> Contender:
-        return lambda x, w, v: lambda: backend.gate_forward(x, w, v, None, None, None, "silu", True, *tiles)
+    def forward_of(backend: ModuleType) -> Callable[..., Tensors]:
+        return lambda x, w, v: backend.gate_forward(x, w, v, None, None, None, "silu", True)
 
-    def backward_through(backend: ModuleType, *tiles: object) -> Contender:
-        return lambda dy, p, az: lambda: backend.gate_backward(dy, p, az, None, "silu", True, False, False, *tiles)[:2]
+    def backward_of(backend: ModuleType) -> Callable[..., Tensors]:
+        return lambda dy, p, az: backend.gate_backward(dy, p, az, None, "silu", True, False)[:2]
 
+    dtype = torch.bfloat16
     for m, d, h in SHAPES[device.type, size]:
         x, weight, az, p = ((m, d), 1.0), ((h, d), d**-0.5), ((m, 2 * h), 1.0), ((d, h), h**-0.5)
-        for op, through, tensors, tiles, flops, moved in (
-            ("gate_forward", forward_through, (x, weight, weight), FORWARD_TILES, 4, m * d + 2 * h * d + 3 * m * h),
-            ("gate_backward", backward_through, (x, p, az), BACKWARD_TILES, 2, m * d + h * d + 5 * m * h),
+        for kernel, of, tensors, flops, moved in (
+            ("gate_forward", forward_of, (x, weight, weight), 4, m * d + 2 * h * d + 3 * m * h),
+            ("gate_backward", backward_of, (x, p, az), 2, m * d + h * d + 5 * m * h),
         ):
-            yield Workload(
-                op=op,
-                case="silu, tiles",
-                shape={"m": m, "d": d, "h": h},
-                dtype=torch.bfloat16,
-                inputs=draw(device, torch.bfloat16, *tensors),
-                reference=through(composite),
-                ours=through(gated),
-                baselines={"library": through(gated, ())},
-                flops=flops * m * d * h,
-                bytes=2 * moved,
-                variants={"x".join(map(str, tile)): through(gated, (Tile(*tile),)) for tile in tiles},
-            )
+            yield tiling(
+                kernel, {"m": m, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), of(composite), of(gated),
+                device, flops * m * d * h, 2 * moved,
+            )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler
+from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, tiling
 
 MATRICES = {  # (outputs, d, h)
     ("cpu", "tiny"): [(5, 24, 40), (40, 16, 33)],
@@ -32,6 +32,11 @@ EIGENPAIRS = {  # (tokens, outputs, rank, d, active outputs of a token)
     "quick": [(128, 512, 16, 128, 8)],
     "full": [(511, 4096, 64, 512, 30), (511, 16384, 64, 512, 30)],
 }
+SPECTRA = {  # (directions, d, h, eigenpairs of each)
+    "tiny": [(3, 60, 70, 2)],
+    "quick": [(10, 256, 256, 2)],
+    "full": [(10, 512, 512, 2), (512, 256, 1024, 2), (64, 256, 1024, 8), (10, 1024, 128, 2)],
+}
 LAYERS = {"tiny": (12, 33, 10), "quick": (64, 256, 64), "full": (256, 1024, 256)}  # (d, h, outputs)
 OTHERS = 4  # layers that one layer is compared with
 CHUNK = 1 << 26  # bytes of what a reference forms at a time
@@ -48,6 +53,8 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
         return  # the rest is library calls: no kernel of ours would be run
     for tokens, outputs, rank, d, active in EIGENPAIRS[size][: None if device.type == "cuda" else 1]:
         yield _eigenpairs(device, tokens, outputs, rank, d, active)
+    for outputs, d, h, n in SPECTRA[size]:
+        yield _spectrum(device, outputs, d, h, n)
     yield _inner(device, *LAYERS[size])
 
 
@@ -199,6 +206,36 @@ def _eigenpairs(device: torch.device, tokens: int, outputs: int, rank: int, d: i
     )
 
 
+def _spectrum(device: torch.device, outputs: int, d: int, h: int, n: int) -> Workload:
+    """Weights of falling size, whose spectra fall as those of trained layers do."""
+
+    def inputs(seed: int) -> Tensors:
+        up, down = ((h, d), d**-0.5), ((outputs, h), h**-0.5)
+        w, v, c, rotation = draw(device, torch.float32, up, up, down, ((d, d), 1.0))(seed)
+        scaled = torch.linalg.qr(rotation)[0] * torch.arange(1, d + 1, device=device).rsqrt()
+        return w @ scaled, (w + v) @ scaled, c
+
+    def strongest(values: Tensor) -> Tensor:
+        """Magnitudes: of two eigenvalues of opposite sign and nearly the same, either may come first."""
+        return values.abs().topk(n, 1).values
+
+    def decomposed(matrices: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
+        return forward(lambda w, v, c: strongest(torch.linalg.eigh(matrices(w, v, c))[0]))
+
+    return Workload(
+        op="interaction_eigh",
+        case=f"{n} strongest",
+        shape={"K": outputs, "d": d, "h": h},
+        dtype=torch.float32,
+        inputs=inputs,
+        reference=decomposed(_in_chunks),
+        ours=forward(lambda w, v, c: strongest(bo.analysis.interaction_eigh(w, v, c, n).values)),
+        baselines={"eager": decomposed(_einsum), "flat bmm": decomposed(_flat)},
+        flops=8 * outputs * n * h * d,  # one product with each eigenvector
+        bytes=4 * (2 * h * d + outputs * (h + n + n * d)),
+    )
+
+
 def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
     """One layer against several near it: of a single number, the rounding error may be anything."""
 
@@ -229,3 +266,17 @@ def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
         flops=2 * OTHERS * h * h * (4 * d + outputs),
         bytes=4 * (1 + OTHERS) * h * (2 * d + outputs),
     )
+
+
+def tilings(device: torch.device, size: str) -> Iterator[Workload]:
+    """Both orders of contraction, at the table's tile and at every candidate that tuning would measure."""
+    from bilinear_ops.kernels import interaction
+
+    dtype = torch.bfloat16
+    for outputs, d, h in MATRICES[device.type, size]:
+        tensors = (((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5))
+        yield tiling(
+            "interaction", {"K": outputs, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), _in_chunks,
+            lambda w, v, c: interaction.interaction(w, v, c, None, False), device,
+            2 * outputs * d * d * h, (2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize,
+        )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, training_step
+from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, tiling, training_step
+from bilinear_ops.composite import rank1 as composite
 
 SHAPES = {  # (tokens, d_in, d_out, C)
     ("cpu", "tiny"): [(33, 24, 40, 48)],
@@ -201,3 +203,29 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
         flops=2 * samples * rows * c * d_out * d_in,
         bytes=4 * (samples * rows * (c + d_out * d_in) + c * (d_in + d_out)),
     )
+
+
+def tilings(device: torch.device, size: str) -> Iterator[Workload]:
+    """The kernel that draws masks, at the table's tile and at every candidate that tuning would measure."""
+    from bilinear_ops.composite.rank1 import Masks
+    from bilinear_ops.kernels import rank1
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for m, _, d_out, c in SHAPES[device.type, size][:2]:
+        s = SAMPLES[size][-1]
+        seed = torch.tensor(SEED, device=device)
+
+        def through(backend: ModuleType, s: int = s, seed: Tensor = seed) -> Callable[..., Tensor]:
+            def apply(acts: Tensor, write: Tensor, gates: Tensor) -> Tensor:
+                y = acts.new_empty(s, acts.shape[0], write.shape[1])
+                masks = Masks(gates, None, None, None, seed, 0, s, "continuous")
+                backend.masked_apply(y, acts, write, masks, 0.0)
+                return y
+
+            return apply
+
+        inputs = draw(device, dtype, ((m, c), 1.0), ((c, d_out), c**-0.5), ((m, c), 1.0))
+        yield tiling(
+            "mask", {"m": m, "o": d_out, "C": c, "S": s}, dtype, inputs, through(composite), through(rank1), device,
+            2 * s * m * c * d_out, dtype.itemsize * (m * c * (2 + s) + c * d_out + s * m * d_out),
+        )  # fmt: skip

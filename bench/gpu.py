@@ -1,7 +1,8 @@
 """`python -m bench --gpu`: all that is worth knowing about a device, in bounded time, written down as it is found.
 
-In this order, each in a process that may fail without ending the run: the device and versions; its ceilings; every op
-checked at small shapes, 20 times over; all compilations, in parallel; every workload beside its baselines; other tiles.
+In this order, each in a process that may fail without ending the run: the device and versions; its ceilings; all
+compilations, in parallel; every op checked at small shapes, 20 times over; every workload beside its baselines; other
+tiles. What takes too long is told how much was not reached; --only, in a second run, goes straight to it.
 Under --out: environment.json, ceilings.json, checks.jsonl, receipts.jsonl, tiles.jsonl, and failures.txt if any.
 """
 
@@ -73,8 +74,8 @@ def run(device: torch.device, out: Path, minutes: float, only: str = "") -> int:
         if ceilings:
             _write(out / "ceilings.json", ceilings)
             print("ceilings:", ", ".join(f"{k} {v:.4g}" for k, v in ceilings.items()), flush=True)
-        wrong = _checks(session)
         _compile(session)
+        wrong = _checks(session)
         measured = _measure(session, "workloads", "receipts.jsonl", 0.7)
         _measure(session, "tilings", "tiles.jsonl", 1.0)
     finally:
@@ -103,15 +104,16 @@ def _checks(session: Session) -> int:
 
 def _compile(session: Session) -> None:
     """Run everything once in parallel processes, to warm the compilers' caches on disk; failures show later."""
-    tasks = [(kind, name) for kind in LISTS for name in session.names(kind, session.size)]
+    lists = dict.fromkeys([("workloads", "tiny"), *((kind, session.size) for kind in LISTS)])
+    tasks = [(kind, size, name) for kind, size in lists for name in session.names(kind, size)]
     workers = [Worker() for _ in range(min(8, max(1, (os.cpu_count() or 2) // 2), len(tasks)))]
     end = time.monotonic() + COMPILING * 60 * session.minutes
 
     def drain(worker: Worker) -> None:
         while tasks and (left := end - time.monotonic()) > 1:
-            kind, name = tasks.pop(0)
+            kind, size, name = tasks.pop(0)
             try:
-                worker.ask(left, _run_once, kind, session.device, session.size, name)
+                worker.ask(left, _run_once, kind, session.device, size, name)
             except RuntimeError:
                 pass
         worker.stop()
@@ -122,13 +124,14 @@ def _compile(session: Session) -> None:
 
 
 def _measure(session: Session, kind: str, file: str, share: float) -> int:
-    """Measure a list, or what `share` of the time that is left allows; how many were."""
+    """Measure a list, or as much of it as fits in `share` of the time that is left; how many were."""
+    reserved = (1 - share) * session.left()
     names = session.names(kind, session.size)
     names = [name for i in range(3) for name in names[i::3]]  # a run cut short has still seen every size
     seconds = min(4.0, max(0.2, share * session.left() / (2 * len(names) + 1)))  # as much again for checks and memory
     measured = 0
     for i, name in enumerate(names):
-        if session.left() < 5:
+        if session.left() < max(5, reserved):
             print(f"out of time: {len(names) - i} {kind} not reached", flush=True)
             break
         found = session.ask(_timed, kind, session.device, session.size, name, seconds)
@@ -191,9 +194,11 @@ def _run_once(kind: str, device: torch.device, size: str, name: str) -> None:
             contender(*inputs)()
         except Exception as error:  # measured later, and reported then
             print(f"{name}: {error!s:.100}", flush=True)
+        torch.cuda.empty_cache()  # several processes do this at once
 
 
 def _timed(kind: str, device: torch.device, size: str, name: str, seconds: float) -> dict[str, Any]:
+    torch.cuda.empty_cache()
     return receipts.receipt(
         measure(_find(kind, device, size, name), device, seed=2, seconds=seconds, repeats=3), device
     )

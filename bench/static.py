@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import sass
 from bilinear_ops.composite.rank1 import Masks
-from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, uniform
+from bilinear_ops.kernels import config, faithfulness, gated, interaction, rank1, sparse, tuning, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,13 +100,15 @@ class _CompileOnly:
 
 
 @contextmanager
-def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
-    """Within, launches on meta tensors compile for `arch` instead; yields the growing list of (name, kernel)."""
+def compiling(arch: str, only: str = "") -> Iterator[list[tuple[str, Any]]]:
+    """Within, launches on meta tensors compile for `arch` instead, where the kernel's name contains `only`; yields the
+    growing list of (name, kernel)."""
     compiled: list[tuple[str, Any]] = []
 
     def launch(kernel: JITFunction, grid: object) -> Callable[..., None]:
         def compile_(*args: object, **kwargs: object) -> None:
-            compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+            if only in kernel.__name__:
+                compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
 
         return compile_
 
@@ -120,32 +122,39 @@ def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
 
 
 def gated_cases(arch: str) -> Iterator[Case]:
-    """Every tile both ways in, with the heaviest epilogue: swish and biases, everything kept."""
+    """Every tile both ways in, with the heaviest epilogue: swish and biases, everything kept; fp32 as TF32, for only
+    with that opted in to are its products ours."""
     m, d, h, o = 4096, 1024, 2048, 1024
     rows = {True: arch, False: "pointers" if config.has_descriptors(arch) else arch}
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
         def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        def forward(tile: config.Tile, d: int, t: Callable[..., torch.Tensor] = t) -> object:
-            return gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), t(), "swish", True, (tile,))
+        def forward(tile: config.Choice, d: int, t: Callable[..., torch.Tensor] = t) -> object:
+            with tuning.using(gate_forward=tile), _tf32():
+                return gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), t(), "swish", True)
 
-        def backward(tile: config.Tile | None, o: int, t: Callable[..., torch.Tensor] = t) -> object:
-            dy, p, tiles = (t(m, o), t(o, h), (tile,)) if tile else (t(m, h), None, None)
-            return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True, tiles)
+        def backward(tile: config.Choice, o: int, t: Callable[..., torch.Tensor] = t) -> object:
+            dy, p = (t(m, o), t(o, h)) if tile else (t(m, h), None)
+            with tuning.using(gate_backward=tile), _tf32():
+                return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True)
 
         name = str(dtype).removeprefix("torch.")
         for aligned, row in rows.items():
             way = "aligned" if aligned else "unaligned"
-            for tile in config.GATED_FORWARD[row]:
+            for tile in filter(partial(config.fits, "gate_forward", arch, dtype), config.GATED_FORWARD[row]):
                 shape = f"{tile.block_m}x2x{tile.block_n}x{tile.block_k}"
                 yield Case(f"{name} {shape} {way}", partial(forward, tile, d + (not aligned)))
-            for tile in config.GATED_BACKWARD[row]:
+            for tile in filter(partial(config.fits, "gate_backward", arch, dtype), config.GATED_BACKWARD[row]):
                 shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
                 yield Case(f"{name} {shape} {way}", partial(backward, tile, o + (not aligned)))
         yield Case(f"{name} alone", partial(gated.gate, t(m, 2 * h), t(), "swish"))
         yield Case(f"{name} alone", partial(backward, None, o))
+
+
+def _tf32() -> AbstractContextManager[object]:
+    return mock.patch.object(config, "tf32_allowed", lambda: True)
 
 
 def interaction_cases(arch: str) -> Iterator[Case]:
@@ -193,11 +202,10 @@ def reports(arch: str, only: str = "") -> Iterator[Report]:
     """Compile every case of every family for `arch` and read its machine code."""
     for cases in FAMILIES:
         for case in cases(arch):
-            with compiling(arch) as compiled:
+            with compiling(arch, only) as compiled:
                 case.call()
             for name, kernel in compiled:
-                if only in name:
-                    yield Report(name, case.name, arch, kernel.metadata.shared, sass.read(kernel, arch))
+                yield Report(name, case.name, arch, kernel.metadata.shared, sass.read(kernel, arch))
 
 
 def load_baseline(path: Path = BASELINE) -> dict[str, dict[str, Any]]:

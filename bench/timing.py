@@ -48,7 +48,8 @@ def interleaved(
 ) -> tuple[dict[str, Timing], str]:
     """Times of all `runs` over as many rounds as fit in `seconds`, within bounds, and by which clock they were taken.
 
-    Every run is warmed up first. Each round takes them in turn, every other round in the opposite order.
+    Every run is warmed up first. Each round takes them in turn, every other round in the opposite order. The fewest
+    rounds are taken even where they last longer, but for those beyond the second at four times `seconds`.
     """
     for run in runs.values():
         for _ in range(2):
@@ -61,7 +62,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     done = 0
-    while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
+    while done < 2 or done < rounds[1] and time.perf_counter() - start < seconds * (4 if done < rounds[0] else 1):
         for name in list(runs)[:: 1 if done % 2 else -1]:
             samples[name].append(clock(runs[name]))
         done += 1

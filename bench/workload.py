@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bilinear_ops._dispatch import why_not_triton
 
 SIZES = ("tiny", "quick", "full")  # for tests; for minutes on a CPU; for receipts
 
@@ -94,12 +97,60 @@ def training_step(
     return build
 
 
+def tiling(
+    kernel: str,
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    inputs: Callable[[int], Tensors],
+    reference: Callable[..., Any],
+    launcher: Callable[..., Any],
+    device: torch.device,
+    flops: int,
+    bytes: int,
+) -> Workload:
+    """A kernel at the tile that the table gives it, and at every other that tuning would measure as variants.
+
+    `reference` and `launcher` take the inputs and return a tensor or several.
+    """
+    from bilinear_ops.kernels import config, tuning
+
+    def run_by(fn: Callable[..., Any], **forced: config.Choice) -> Contender:
+        def build(*tensors: Tensor) -> Run:
+            def run() -> Tensors:
+                with tuning.using(**forced), torch.no_grad():
+                    found = fn(*tensors)
+                return found if isinstance(found, tuple) else (found,)
+
+            return run
+
+        return build
+
+    tiles = config.candidates(kernel, config.architecture(device), dtype, ())
+    return Workload(
+        op=kernel,
+        case="tiles",
+        shape=shape,
+        dtype=dtype,
+        inputs=inputs,
+        reference=run_by(reference),
+        ours=run_by(launcher),
+        baselines={"library": run_by(launcher, **{kernel: config.LIBRARY})} if config.LIBRARY in tiles else {},
+        flops=flops,
+        bytes=bytes,
+        variants={_tile_name(tile): run_by(launcher, **{kernel: tile}) for tile in tiles if tile is not None},
+    )
+
+
+def _tile_name(tile: Any) -> str:
+    return f"{type(tile).__name__} {'x'.join(map(str, vars(tile).values()))}"
+
+
 def draw(device: torch.device, dtype: torch.dtype, *tensors: tuple[Sequence[int], float]) -> Callable[[int], Tensors]:
     """Normal tensors, given as (shape, scale)."""
 
     def inputs(seed: int) -> Tensors:
         generator = torch.Generator(device).manual_seed(seed)
-        drawn = (torch.randn(*shape, generator=generator, device=device) * scale for shape, scale in tensors)
+        drawn = (torch.randn(tuple(shape), generator=generator, device=device) * scale for shape, scale in tensors)
         return tuple(t.to(dtype) for t in drawn)
 
     return inputs
@@ -134,6 +185,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto", only: str = "
 
 
 def tilings(device: torch.device, size: str, only: str = "") -> list[Workload]:
-    """Launchers with the table's tile as `ours` and the other candidates as variants, of the families that have any."""
+    """Launchers with the table's tile as `ours` and the other candidates as variants, of the families that have any,
+    where the kernels run."""
+    if why_not_triton(torch.empty(0, device=device)) is not None:
+        return []
     found = (family.tilings(device, size) for family in families() if hasattr(family, "tilings"))
     return [w for of_family in found for w in of_family if only in str(w)]

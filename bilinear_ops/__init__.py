@@ -1,6 +1,6 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
-from bilinear_ops import analysis, nn, reference
+from bilinear_ops import analysis, nn, plots, reference
 from bilinear_ops.accumulate import rank1_accumulate
 from bilinear_ops.entries import active_interactions, interaction_diagonal, interaction_entries
 from bilinear_ops.forms import eigen_form, layer_inner, neuron_gram, quadratic_form
@@ -22,6 +22,7 @@ from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.ranking import interaction_moments, interaction_topk
 from bilinear_ops.reference.interaction import ActiveInteractions, Directions, InteractionMoments, TopInteractions
 from bilinear_ops.sparse import rank1_sparse
+from bilinear_ops.tuning import warmup
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "neuron_gram",
     "nn",
     "pack_symmetric",
+    "plots",
     "quadratic_form",
     "rank1_accumulate",
     "rank1_linear",
@@ -58,4 +60,5 @@ __all__ = [
     "stochastic_rank1_linear",
     "unpack_symmetric",
     "upper_leaky_hard_sigmoid",
+    "warmup",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
     Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
     """
     sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}  # which argument a size is that of
     first: Tensor | None = None
     first_name = ""
     for name, (t, spec) in arguments.items():
@@ -55,7 +57,10 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
         bound = dict(sizes)
         if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
-            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}")
+            origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
+            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}{origin}")
+        for axis in axes:
+            owner.setdefault(axis, name)
     return sizes
 
 
@@ -93,7 +98,7 @@ def why_not_triton(t: Tensor) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if t.device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "CPU tensors need TRITON_INTERPRET=1"
+        return None if _interpreted() else "CPU tensors need TRITON_INTERPRET=1"
     if t.device.type != "cuda":
         return f"no kernels for device {t.device.type}"
     properties = torch.cuda.get_device_properties(t.device)
@@ -102,6 +107,12 @@ def why_not_triton(t: Tensor) -> str | None:
     if not properties.gcnArchName.startswith("gfx942"):
         return f"the kernels are built for gfx942, not {properties.gcnArchName}"
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton would interpret a kernel that is defined now: its reading of the variable, which torch.compile
+    cannot trace."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def resolve(impl: str, t: Tensor) -> str:
@@ -121,6 +132,12 @@ def resolve(impl: str, t: Tensor) -> str:
     if impl == "triton":
         raise RuntimeError(f'impl="triton" cannot run: {reason}')
     return "torch"
+
+
+@functools.cache
+def backend(family: str, impl: str) -> Any:
+    """What implements a family of ops: its launchers, imported at the first call, or its composites."""
+    return importlib.import_module(f"bilinear_ops.{'kernels' if impl == 'triton' else 'composite'}.{family}")
 
 
 def needs_reference() -> bool:

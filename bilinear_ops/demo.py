@@ -7,19 +7,19 @@ The data are the 1797 8x8 images that ship inside scikit-learn; nothing is downl
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilinear_ops import environment, reference
-from bilinear_ops.forms import eigen_form
-from bilinear_ops.interaction import interaction_matrices
+from bilinear_ops import environment, plots, reference
+from bilinear_ops.analysis import interaction_eigh, truncation_curve
+from bilinear_ops.gated import gated_mlp
 from bilinear_ops.nn import GatedMLP
 
 SEED = 0
@@ -66,7 +66,7 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
     print(f"Test accuracy: {reached:.2%} on {len(data.test_x)} images the training never saw (needs {ACCURACY:.0%})")
 
     print("\nThe trained layer against the reference in float64, largest relative error:")
-    errors = check(model, data.train_x)  # enough rows for the op itself: smaller calls are left to eager PyTorch
+    errors = check(model, data.train_x, impl)
     for name, error in errors.items():
         verdict = "ok" if error.passes else "WRONG"
         print(f"  {name:<12}  ours {error.ours:.1e}  eager float32 {error.eager:.1e}  {verdict}")
@@ -79,7 +79,7 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
     large = GatedMLP(512, 2048, device=data.train_x.device)
     for name, layer, x in (
         ("the trained layer", model, data.train_x),
-        ("512 -> 2048 -> 512", large, _normal(256, 512)),
+        ("512 -> 2048 -> 512", large, _normal(512, 512)),
     ):
         ours, eager = step_times(layer, x.to(data.train_x.device))
         times = f"ours {1e3 * ours:.2f} ms  eager {1e3 * eager:.2f} ms  eager / ours {eager / ours:.2f}"
@@ -136,35 +136,19 @@ def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
     return (model(x).argmax(1) == y).float().mean().item()
 
 
-class Spectra(NamedTuple):
-    """Eigenvalues `[10, r]` by magnitude and eigenvectors `[10, r, 64]` of the classes' interaction matrices."""
-
-    values: Tensor
-    vectors: Tensor
-
-
-@torch.no_grad()
-def spectra(model: GatedMLP) -> Spectra:
-    """The eigendecomposition of each class's interaction matrix ([P] eq. 2): its eigenvectors are the features."""
-    values, vectors = torch.linalg.eigh(interaction_matrices(model.w, model.v, model.p).double())
-    order = values.abs().argsort(1, descending=True)
-    values, vectors = values.gather(1, order), vectors.mT.gather(1, order.unsqueeze(2).expand(-1, -1, vectors.shape[1]))
-    return Spectra(values.to(model.w.dtype), vectors.to(model.w.dtype))
-
-
 @torch.no_grad()
 def describe_interactions(model: GatedMLP, data: Digits) -> None:
     """Print how few eigenvectors carry each class ([P] Figs. 2 and 5), and save the strongest as images."""
-    values, vectors = spectra(model)
+    pairs = interaction_eigh(model.w, model.v, model.p)
+    values, vectors, *_ = pairs
     shares = values.square().cumsum(1) / values.square().sum(1, keepdim=True)  # of |Q_k|^2
     ranks = (1, 2, 4, 8)
     print("\nThe layer's interaction matrices, one a class: share of |Q|^2 in its strongest eigenvectors")
     print("  class " + "".join(f"  top {n:<2}" for n in ranks))
     for digit, share in enumerate(shares.tolist()):
         print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks))
-    logits = eigen_form(data.test_x, values, vectors, reduce="cumsum")  # [N, 10, 64]: every truncation at once
-    kept = ((logits[:, :, n - 1].argmax(1) == data.test_y).float().mean().item() for n in ranks)
-    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{a:.1%}" for a in kept))
+    kept = truncation_curve(data.test_x, pairs, data.test_y)
+    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{kept[n - 1]:.1%}" for n in ranks))
     try:
         print(
             f"  the strongest eigenvectors as images: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}"
@@ -175,25 +159,16 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
 
 def save_eigenvectors(values: Tensor, vectors: Tensor, path: str, top: int = 4) -> str:
     """Save each class's strongest eigenvectors as 8x8 images; returns the path. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.15 * top + 0.3), layout="constrained")
-    grid = figure.subplots(top, 10)
-    for rank, digit in itertools.product(range(top), range(10)):
-        axes, image = grid[rank, digit], vectors[digit, rank].view(8, 8).cpu()
-        limit = image.abs().max().item()
-        axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
-        axes.set_title(f"{digit}: {values[digit, rank].item():+.2f}", fontsize=7)
-        axes.axis("off")
-    figure.savefig(path, dpi=150)
+    classes = [str(digit) for digit in range(10)]
+    plots.eigenvectors(vectors[:, :top], (8, 8), values=values[:, :top], labels=classes).savefig(path, dpi=150)
     return path
 
 
-def check(model: GatedMLP, x: Tensor) -> dict[str, Error]:
-    """Errors of the layer's output and gradients on `x`, by name."""
+def check(model: GatedMLP, x: Tensor, impl: str) -> dict[str, Error]:
+    """Errors of the layer's output and gradients on `x`, by name; `impl` because "auto" may be eager PyTorch itself."""
     tensors = [x.detach().requires_grad_(), model.w, model.v, model.p]
     dy = _normal(len(x), model.p.shape[0]).to(x.device)
-    ours = _step(lambda x, *_: model(x), tensors, dy)
+    ours = _step(partial(gated_mlp, impl=impl), tensors, dy)
     copies = [t.detach().requires_grad_() for t in tensors]  # what is wrong with the layer's own must not reach these
     eager = _step(reference.gated_mlp, copies, dy)
     gold = _step(reference.gated_mlp, [t.detach().double().requires_grad_() for t in copies], dy.double())

@@ -51,8 +51,9 @@ def interaction_entries(
     """
     sizes = check_layer(w, v, c, basis)
     features = sizes["d"] if basis is None else sizes["F"]
-    for name, index, limit in (("k", k, sizes["K"]), ("i", i, features), ("j", j, features)):
-        check_index(name, index, limit, (k.numel(),), w)
+    check_index("k", k, sizes["K"], (None,), w)
+    check_index("i", i, features, tuple(k.shape), w)
+    check_index("j", j, features, tuple(k.shape), w)
     if _dispatch.needs_reference():
         return reference.interaction_entries(w, v, c, k, i, j, basis=basis)
     return composite.interaction_entries(w, v, c, k, i, j, basis)
@@ -89,22 +90,23 @@ def active_interactions(
     sizes = check_layer(w, v, c, basis)
     _dispatch.check(w=(w, "h d"), in_acts=(in_acts, "T a"))
     check_index("in_indices", in_indices, sizes["F"], tuple(in_acts.shape), w)
-    check_index("out_indices", out_indices, sizes["K"], (in_acts.shape[0], *out_indices.shape[1:2]), w)
+    check_index("out_indices", out_indices, sizes["K"], (in_acts.shape[0], None), w)
     if _dispatch.needs_reference():
         return reference.active_interactions(w, v, c, basis, in_indices, in_acts, out_indices)
     values = composite.active_interactions(w, v, c, basis, in_indices, in_acts, out_indices)
     return ActiveInteractions(values, *active_indices(in_indices, out_indices))
 
 
-def check_index(name: str, index: Tensor, limit: int, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check an index tensor's dtype, device, shape and, where its values can be read, its range."""
+def check_index(name: str, index: Tensor, limit: int, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Check an index tensor's dtype, device, shape (None is any size) and, where its values can be read, its range."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
     if index.device != like.device:
         raise RuntimeError(f"{name} must be on the device of w, {like.device}, got {index.device}")
-    if tuple(index.shape) != shape:
-        raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(index.shape)}")
+    if index.dim() != len(shape) or any(n not in (None, got) for n, got in zip(shape, index.shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise RuntimeError(f"{name} must have shape [{sizes}], got {list(index.shape)}")
     if torch.compiler.is_compiling() or _dispatch.needs_reference() or index.device.type == "meta":
         return
     if index.numel() and (index.min() < 0 or index.max() >= limit):

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 import bilinear_ops
-from bilinear_ops import _dispatch
+from bilinear_ops import _dispatch, tuning
 
 VARIABLES = (
+    "BILINEAR_OPS_CACHE_DIR",
+    "BILINEAR_OPS_TUNE",
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -23,7 +25,7 @@ VARIABLES = (
     "TRITON_DEFAULT_FP_FUSION",
     "TRITON_INTERPRET",
 )
-PREFIX = "BILINEAR_OPS_"  # variables of our own, reported where they are set
+PREFIX = "BILINEAR_OPS_"  # whatever else of our own is set is reported too: it may be misspelt
 
 
 def report() -> dict[str, Any]:
@@ -43,14 +45,14 @@ def report() -> dict[str, Any]:
             name: {device: _choice_of(op, device) for device in devices()} for name, op in public_ops().items()
         },
         "environment": {name: os.environ.get(name) for name in (*VARIABLES, *ours)},
-        "caches": {"triton": str(_triton_cache())},
+        "caches": {"triton": str(_triton_cache()), "tiles": tuning.cache_folder()},
     }
 
 
 def public_ops() -> dict[str, Callable[..., Any]]:
-    """The public functions of the package by name: an op is reported from the day it is exported."""
+    """The public functions of the package but `warmup`: an op is reported from the day it is exported."""
     members = ((name, getattr(bilinear_ops, name)) for name in bilinear_ops.__all__)
-    return {name: member for name, member in members if inspect.isfunction(member)}
+    return {name: member for name, member in members if inspect.isfunction(member) and name != "warmup"}
 
 
 def devices() -> dict[str, str]:
@@ -86,7 +88,7 @@ def text(found: dict[str, Any]) -> str:
         'ops: what impl="auto" runs on float32, bfloat16 and float16 (float64 is always torch)': rows,
         "because": [[f"[{n}]", why] for why, n in reasons.items()],
         "environment": [[k, "not set" if v is None else v] for k, v in found["environment"].items()],
-        "caches": [[k, v] for k, v in found["caches"].items()],
+        "caches": [[k, v or "not used"] for k, v in found["caches"].items()],
     }
     return "\n\n".join("\n".join([title, *_columns(rows)]) for title, rows in sections.items())
 

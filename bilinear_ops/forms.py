@@ -74,8 +74,8 @@ def eigen_form(
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if pairs is not None:
         t, k = pairs
-        check_index("t", t, sizes["M"], (k.numel(),), x)
-        check_index("k", k, sizes["K"], (k.numel(),), x)
+        check_index("k", k, sizes["K"], (None,), x)
+        check_index("t", t, sizes["M"], tuple(k.shape), x)
     if _dispatch.needs_reference():
         return reference.eigen_form(x, values, vectors, pairs=pairs, reduce=reduce)
     if pairs is not None:

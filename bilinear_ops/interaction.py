@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch, reference
-from bilinear_ops.composite import interaction as composite
 from bilinear_ops.reference.interaction import LAYOUTS, Directions
 
 
@@ -51,8 +50,8 @@ def iter_interaction_matrices(
 
     Args:
         w, v, c, layout, impl: as for `interaction_matrices`.
-        chunk_bytes: what a chunk, its workspace and the chunk before it, which the caller's loop may still hold,
-            take together at most.
+        chunk_bytes: what the tensors of a chunk, its workspace and the chunk before it, which the caller's loop may
+            still hold, take together at most; a library's own buffers (a few MB) are not counted.
 
     Yields:
         (slice of the directions, their matrices), in order; each chunk is a tensor of its own.
@@ -64,7 +63,7 @@ def iter_interaction_matrices(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     impl = _dispatch.resolve(impl, w)
-    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes)
+    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes, impl)
     return _chunks(w, v, c, layout, step, impl)
 
 
@@ -78,13 +77,13 @@ def _chunks(
         yield chunk, interaction_matrices(w, v, part, layout=layout, impl=impl)
 
 
-def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int) -> int:
+def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, impl: str) -> int:
     """The most directions that two chunks and the workspace of one leave within the budget."""
-    d = w.shape[1]
+    d, workspace = w.shape[1], _dispatch.backend("interaction", impl).workspace
 
     def needed(outputs: int) -> int:
         result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
-        return 2 * result + composite.workspace(outputs, o, packed, w) * max(4, w.itemsize)
+        return 2 * result + workspace(outputs, o, packed, w) * max(4, w.itemsize)
 
     if needed(1) > chunk_bytes:
         raise ValueError(f"chunk_bytes must be at least {needed(1)} for one direction at a time, got {chunk_bytes}")
@@ -132,16 +131,8 @@ def factors(c: Tensor | Directions) -> tuple[Tensor, Tensor | None]:
     return (c.p, c.u) if isinstance(c, Directions) else (c, None)
 
 
-def backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import interaction
-
-    return interaction
-
-
 def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
-    return backend(impl).interaction(w, v, c, u, packed)
+    return _dispatch.backend("interaction", impl).interaction(w, v, c, u, packed)
 
 
 def _forward_fake(w, v, c, u, packed, impl):
@@ -153,7 +144,7 @@ def _backward(
     dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dw, dv, dc, du), each empty unless needed."""
-    return backend(impl).interaction_backward(dq, w, v, c, u, need)
+    return _dispatch.backend("interaction", impl).interaction_backward(dq, w, v, c, u, need)
 
 
 def _backward_fake(dq, w, v, c, u, need, impl):

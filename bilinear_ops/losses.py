@@ -77,16 +77,8 @@ def upper_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:
     return reference.upper_leaky_hard_sigmoid(x, alpha)
 
 
-def _backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import faithfulness
-
-    return faithfulness
-
-
 def _forward(weight: Tensor, read: Tensor, write: Tensor, impl: str) -> Tensor:
-    return _backend(impl).squared_difference(weight, read, write)
+    return _dispatch.backend("faithfulness", impl).squared_difference(weight, read, write)
 
 
 def _forward_fake(weight: Any, read: Any, write: Any, impl: str) -> Any:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch
-from bilinear_ops.composite import uniform as composite
 from bilinear_ops.reference.rank1 import SAMPLINGS, delta_site, mask_site, masked, seed_tensor
 
 
@@ -104,11 +103,7 @@ def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: s
 
 
 def _uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
-    if impl == "torch":
-        return composite.uniform(seed, site, samples, rows, columns)
-    from bilinear_ops.kernels import uniform
-
-    return uniform.uniform(seed, site, samples, rows, columns)
+    return _dispatch.backend("uniform", impl).uniform(seed, site, samples, rows, columns)
 
 
 def _uniform_fake(seed: Any, site: int, samples: int, rows: int, columns: int, impl: str) -> Any:

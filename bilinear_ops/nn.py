@@ -168,9 +168,12 @@ class GatedMLP(_Gated):
     ) -> Self:
         """The layer of three Linears, sharing their parameters: a Llama-style MLP, dropped in.
 
-        Raises ValueError where the weights' sizes do not fit together; biases may be absent one by one.
+        Raises ValueError where the weights' sizes or dtypes do not fit together; biases may be absent one by one.
         """
         (h, d), o = up.weight.shape, down.weight.shape[0]
+        dtypes = [m.weight.dtype for m in (gate, up, down)]
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"gate, up, down must have weights of one dtype, got {', '.join(map(str, dtypes))}")
         if gate.weight.shape != (h, d) or down.weight.shape[1] != h:
             shapes = ", ".join(f"{list(m.weight.shape)}" for m in (gate, up, down))
             raise ValueError(f"gate, up, down must have weights [h, d], [h, d], [o, h], got {shapes}")
@@ -198,6 +201,12 @@ class GatedMLP(_Gated):
         return f"{super().extra_repr()}, d_out={self.p.shape[0]}{recompute}"
 
 
+def _check_frozen(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (t, shape) in given.items():
+        if t is not None and t.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+
+
 class _Rank1(nn.Module):
     """C rank-1 subcomponents read `[d_in, C]`, write `[C, d_out]` beside a frozen target weight and bias."""
 
@@ -209,10 +218,7 @@ class _Rank1(nn.Module):
         factory: dict[str, Any] = {} if target is None else {"device": target.device, "dtype": target.dtype}
         self.read = nn.Parameter(torch.empty(d_in, c, **factory))
         self.write = nn.Parameter(torch.empty(c, d_out, **factory))
-        for name, t, shape in (("target", target, (d_out, d_in)), ("bias", bias, (d_out,))):
-            if t is not None and t.shape != shape:
-                given = "weight" if name == "target" else name
-                raise RuntimeError(f"{given} must have shape {list(shape)}, got {list(t.shape)}")
+        for name, t in (("target", target), ("bias", bias)):
             self.register_buffer(name, None if t is None else t.detach())
         self.reset_parameters()
 
@@ -242,6 +248,7 @@ class Rank1Linear(_Rank1):
     """
 
     def __init__(self, d_in: int, d_out: int, c: int, *, weight: Tensor | None = None, bias: Tensor | None = None):
+        _check_frozen(weight=(weight, (d_out, d_in)), bias=(bias, (d_out,)))
         super().__init__(d_in, d_out, c, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -264,6 +271,7 @@ class Rank1Embedding(_Rank1):
     """
 
     def __init__(self, vocab: int, d: int, c: int, *, weight: Tensor | None = None):
+        _check_frozen(weight=(weight, (vocab, d)))
         super().__init__(vocab, d, c, None if weight is None else weight.t(), None)
 
     @property

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _dispatch, reference
-from bilinear_ops.composite import rank1 as composite
 from bilinear_ops.composite.rank1 import Masks
 from bilinear_ops.masks import check_sampling, check_seed, stochastic_delta
 from bilinear_ops.reference.rank1 import apply, masked
@@ -232,14 +231,6 @@ def _broadcast(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32)).expand(shape)
 
 
-def _backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import rank1
-
-    return rank1
-
-
 def _forward(
     x: Tensor,
     read: Tensor,
@@ -270,7 +261,8 @@ def _forward(
             y += bias
     elif bias is not None:
         y.copy_(bias)
-    _backend(impl).masked_apply(y, inner, write, masks, beta=float(bias is not None or delta is not None))
+    beta = float(bias is not None or delta is not None)
+    _dispatch.backend("rank1", impl).masked_apply(y, inner, write, masks, beta)
     return y, _dispatch.or_empty(inner if save else None, x)
 
 
@@ -310,7 +302,7 @@ def _backward(
     through_acts = not given and (need_x or need_read)
     if not given and acts.numel() == 0:
         acts = x @ read
-    dacts, dwrite, dgates, dsource, ddelta = _backend(impl).masked_apply_backward(
+    dacts, dwrite, dgates, dsource, ddelta = _dispatch.backend("rank1", impl).masked_apply_backward(
         dy, acts, write, masks, [need_acts or through_acts, need_write, need_gates, need_source, need_delta]
     )
     dx = dread = dweight = None

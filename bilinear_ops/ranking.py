@@ -10,7 +10,7 @@ from torch import Tensor
 from bilinear_ops import _dispatch, reference
 from bilinear_ops.composite import ranking as composite
 from bilinear_ops.entries import interaction_entries
-from bilinear_ops.interaction import backend, check_layer, factors
+from bilinear_ops.interaction import check_layer, factors
 from bilinear_ops.reference.interaction import (
     SCOPES,
     SCORES,
@@ -126,7 +126,8 @@ def _topk(
     scope: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, backend(impl).interaction)
+    contract = _dispatch.backend("interaction", impl).interaction
+    return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, contract)
 
 
 def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
@@ -137,7 +138,7 @@ def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
 def _moments(
     w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return composite.interaction_moments(w, v, c, u, basis, backend(impl).interaction)
+    return composite.interaction_moments(w, v, c, u, basis, _dispatch.backend("interaction", impl).interaction)
 
 
 def _moments_fake(w, v, c, u, basis, impl):

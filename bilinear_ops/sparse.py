@@ -66,20 +66,12 @@ def rank1_sparse(
     return y.view(*x.shape[:-1], write.shape[1])
 
 
-def _backend(impl: str) -> Any:
-    if impl == "torch":
-        return composite
-    from bilinear_ops.kernels import sparse
-
-    return sparse
-
-
 def _forward(
     x: Tensor, read: Tensor, write: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
     """y [M, d_out] and the activations [M, k] of the active subcomponents."""
     _check_range(indices, read.shape[1])
-    backend = _backend(impl)
+    backend = _dispatch.backend("sparse", impl)
     acts = backend.sparse_dots(x, read.t(), indices)
     y = backend.sparse_sums((acts * gates).to(x.dtype), write, indices)
     return y if bias is None else y.add_(bias), acts
@@ -113,7 +105,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, read^T [C, d_in], write, gates and bias, each empty where nobody needs it."""
     need_x, need_read, need_write, need_gates, need_bias = need
-    backend = _backend(impl)
+    backend = _dispatch.backend("sparse", impl)
     dx = dread = dwrite = dgates = None
     dy = dy.contiguous()
     if need_x or need_read or need_gates:

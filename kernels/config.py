@@ -6,6 +6,7 @@ read from the machine code (registers, spills, shared memory), "model" an estima
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 
@@ -23,8 +24,19 @@ SHARED_MEMORY = {
 }
 
 
+class _Launched:
+    """What a tile of any shape tells the compiler."""
+
+    warps: int
+    stages: int
+
+    def launch(self, fp_fusion: bool = True) -> dict[str, int]:
+        """Whether multiply-adds are fused is said always: Triton's default depends on its version."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fp_fusion}
+
+
 @dataclass(frozen=True)
-class Tile:
+class Tile(_Launched):
     """A GEMM tile: `block_m` tokens by `block_n` columns, `block_k` of the contraction at a time."""
 
     block_m: int
@@ -35,12 +47,36 @@ class Tile:
     group_m: int = 8
     blocks_per_sm: int = 1
 
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
     def shared_memory(self, rows: int, itemsize: int) -> int:
         """Bytes of the pipelined operands, of which every stage holds `rows` rows of block_k."""
         return self.stages * rows * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class PairTile(_Launched):
+    """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
+
+    block_i: int
+    block_j: int
+    block_k: int
+    block_h: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class RowTile(_Launched):
+    """A tile of a pass over memory: `rows` by an even number of `columns`."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+# What a launcher can be told to run: None is the library's GEMMs, with the same epilogue around them.
+Choice: TypeAlias = Tile | PairTile | RowTile | None
+LIBRARY = None
 
 
 # Tables: tiles in falling preference, the first that fits the device runs. "sm_90" and "sm_100" hold the tiles of the
@@ -71,44 +107,162 @@ GATED_BACKWARD = {
     "interpreter": (Tile(64, 64, 64, 4, 1),),
 }
 
-# The gate alone, around library GEMMs: one pass over memory.
-GATE = Tile(64, 64, 1, 8, 1)
-GATE_INTERPRETED = Tile(64, 64, 1, 4, 1)
+# Khatri-Rao contraction: S is generated in registers, spill-free at these sizes (compiled).
+INTERACTION_PAIRS = {
+    "sm_80": PairTile(8, 16, 64, 32, 8, 3),
+    "sm_86": PairTile(8, 16, 64, 32, 8, 2),
+    "sm_90": PairTile(8, 16, 128, 64, 8, 3),
+    "sm_100": PairTile(8, 16, 128, 64, 8, 3),  # with 64 directions, 2 spills (compiled)
+    "sm_120": PairTile(8, 16, 64, 32, 8, 2),
+    "gfx942": PairTile(8, 16, 64, 32, 4, 2),
+    "interpreter": PairTile(16, 16, 32, 32, 4, 1),
+}
+
+# One direction at a time: a square tile of its matrix.
+INTERACTION_DIRECTION = {
+    "sm_80": Tile(64, 64, 32, 4, 3),
+    "sm_86": Tile(64, 64, 32, 4, 2),
+    "sm_90": Tile(128, 128, 64, 8, 3),
+    "sm_100": Tile(64, 64, 64, 4, 3),
+    "sm_120": Tile(64, 64, 32, 4, 2),
+    "gfx942": Tile(64, 64, 32, 4, 2),
+    "interpreter": Tile(32, 32, 32, 4, 1),
+}
+
+# Kernels with one tile for all devices, and one for the interpreter, which likes few programs.
+EVERYWHERE: dict[str, tuple[Choice, Choice]] = {
+    "gate": (RowTile(64, 64, 8), RowTile(64, 64, 4)),  # around library GEMMs
+    "gate_backward_alone": (RowTile(64, 64, 8), RowTile(64, 64, 4)),
+    # 8 elements a thread: the backward needs 120 registers, with 16 up to 232 (compiled, sm_90)
+    "mask": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
+    "mask_backward": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
+    "uniform": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
+    # `rows` active ones at a time, `columns` of their elements
+    "sparse_dots": (RowTile(8, 128, 4, 3), RowTile(4, 16, 4)),
+    "sparse_sums": (RowTile(8, 128, 4, 3), RowTile(4, 16, 4)),
+    # products whose three-term form keeps two split operands in registers: 64 x 64 does not spill (compiled)
+    "squared_difference": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 1)),
+}
+
+# What tuning and `python -m bench --gpu` measure beside the table's choice. Spills are no reason to leave one out: it
+# would lose.
+GEMM_TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3, group_m=16),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 64, 4, 3, blocks_per_sm=2),
+    Tile(128, 64, 64, 8, 4),
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 64, 32, 4, 3, blocks_per_sm=2),
+)
+ROW_TILES = tuple(RowTile(rows, columns, 4) for rows, columns in ((8, 128), (16, 64), (16, 128), (32, 64), (64, 64)))
+GATHER_TILES = tuple(RowTile(rows, columns, 4, 3) for rows, columns in ((4, 128), (8, 64), (8, 256), (16, 128)))
+CANDIDATES: dict[str, tuple[Choice, ...]] = {
+    "gate_forward": (*GEMM_TILES, LIBRARY),
+    "gate_backward": (*GEMM_TILES, Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), LIBRARY),
+    "interaction": (
+        PairTile(8, 16, 128, 64, 8, 3),
+        PairTile(8, 16, 128, 32, 8, 3),
+        PairTile(8, 16, 64, 64, 8, 3),
+        PairTile(8, 16, 64, 32, 4, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 64, 32, 4, 3),
+        LIBRARY,
+    ),
+    "gate": ROW_TILES,
+    "gate_backward_alone": ROW_TILES,
+    "mask": ROW_TILES,
+    "mask_backward": ROW_TILES,
+    "uniform": ROW_TILES,
+    "sparse_dots": GATHER_TILES,
+    "sparse_sums": GATHER_TILES,
+    "squared_difference": (
+        Tile(128, 64, 32, 8, 3),
+        Tile(64, 128, 32, 8, 3),
+        Tile(64, 64, 64, 4, 2),
+        Tile(64, 64, 32, 8, 3),
+    ),
+}
+OPERANDS = {"gate_forward": 2, "gate_backward": 1, "squared_difference": 1}  # of block_n rows, beside one of block_m
+
+# Left to the library (compiled): spills in unaligned rows, 28 at 128 x 64; 278,576 bytes of shared memory.
+NOT_IN_TF32 = {("gate_forward", "sm_120"), ("gate_backward", "sm_100")}
 
 
-def gated_forward(arch: str, dtype: torch.dtype, m: int, d: int, descriptors: bool) -> tuple[Tile, ...]:
-    """Tiles of the fused forward, best first; none where library GEMMs and the gate kernel are the faster path."""
-    return _fused(GATED_FORWARD, arch, dtype, m, d, descriptors, operands=2)
+def gated_forward(arch: str, dtype: torch.dtype, m: int, d: int, descriptors: bool) -> tuple[Choice, ...]:
+    """Tiles of the fused forward, best first; the library where its GEMMs and the gate kernel are the faster path."""
+    return _fused("gate_forward", GATED_FORWARD, arch, dtype, m, d, descriptors)
 
 
-def gated_backward(arch: str, dtype: torch.dtype, m: int, o: int, descriptors: bool) -> tuple[Tile, ...]:
-    """Tiles of the fused dhid GEMM and gate backward, best first; none where the library GEMM is faster."""
-    return _fused(GATED_BACKWARD, arch, dtype, m, o, descriptors, operands=1)
-
-
-def gate(arch: str) -> Tile:
-    """The tile of the gate kernels, which run alone around library GEMMs."""
-    return GATE_INTERPRETED if arch == "interpreter" else GATE
+def gated_backward(arch: str, dtype: torch.dtype, m: int, o: int, descriptors: bool) -> tuple[Choice, ...]:
+    """Tiles of the fused dhid GEMM and gate backward, best first; the library where its GEMM is faster."""
+    return _fused("gate_backward", GATED_BACKWARD, arch, dtype, m, o, descriptors)
 
 
 def _fused(
-    table: dict[str, tuple[Tile, ...]], arch: str, dtype: torch.dtype, m: int, k: int, descriptors: bool, operands: int
-) -> tuple[Tile, ...]:
+    kernel: str, table: dict[str, tuple[Tile, ...]], arch: str, dtype: torch.dtype, m: int, k: int, descriptors: bool
+) -> tuple[Choice, ...]:
     if arch == "interpreter":
         return table[arch]
-    if dtype == torch.float32 and not tf32_allowed():
-        return ()  # fp32-accurate products come from the library
+    if not tensor_cores(dtype):
+        return (LIBRARY,)  # fp32-accurate products come from there
     if m <= 64 or k >= 4096:
-        return ()  # model: too few tiles to fill the device; the library's main loop is ahead and the gate is hidden
+        return (LIBRARY,)  # model: too few tiles to fill the device; its main loop is ahead and the gate is hidden
     tiles = table["pointers" if has_descriptors(arch) and not descriptors else arch]
-    limit = SHARED_MEMORY[arch]
-    return tuple(t for t in tiles if t.shared_memory(t.block_m + operands * t.block_n, dtype.itemsize) <= limit)
+    return tuple(t for t in tiles if fits(kernel, arch, dtype, t)) or (LIBRARY,)
+
+
+def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
+    """The order of contraction: a Tile for one direction at a time, a PairTile for all at once, or the composite."""
+    if directions <= 16:
+        # three products of fp32 operands leave no registers for a 128 x 128 tile: 32 spills (compiled, sm_90)
+        wide = dtype == torch.float32 and arch == "sm_90"
+        return (INTERACTION_DIRECTION["sm_80" if wide else arch],)
+    if h >= 8192 and directions >= 512:
+        return (LIBRARY,)  # model: generating S takes longer than reading it back
+    return (INTERACTION_PAIRS[arch],)
+
+
+def everywhere(kernel: str, arch: str) -> tuple[Choice, ...]:
+    """The tile of a kernel that has one for all devices."""
+    return (EVERYWHERE[kernel][arch == "interpreter"],)
+
+
+def candidates(kernel: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """What is worth measuring: the table's choice first, then all else that fits the device."""
+    if kernel in ("gate_forward", "gate_backward") and not tensor_cores(dtype):
+        return tiles
+    others = (t for t in CANDIDATES[kernel] if fits(kernel, arch, dtype, t))
+    return tuple(dict.fromkeys((*tiles, *others)))
+
+
+def fits(kernel: str, arch: str, dtype: torch.dtype, tile: Choice) -> bool:
+    """Whether the pipelined operands fit in shared memory; what they are is known of some kernels only."""
+    if not isinstance(tile, Tile) or kernel not in OPERANDS:
+        return True
+    if dtype == torch.float32 and (kernel, arch) in NOT_IN_TF32:
+        return False
+    rows = tile.block_m + OPERANDS[kernel] * tile.block_n
+    return tile.shared_memory(rows, dtype.itemsize) <= SHARED_MEMORY[arch]
+
+
+def tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype may go through tensor cores: fp32 only where TF32 was opted in to."""
+    return dtype != torch.float32 or tf32_allowed()
 
 
 def tf32_allowed() -> bool:
     """PyTorch's own switch, readable whichever of its two spellings set it."""
     precision = torch.backends.cuda.matmul.fp32_precision
     return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
+
+
+def accurate_precision(arch: str) -> str:
+    """fp32-accurate products whatever the TF32 switch says: on NVIDIA's tensor cores as three TF32 terms."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
 def architecture(device: torch.device) -> str:
@@ -135,100 +289,3 @@ def has_descriptors(arch: str) -> bool:
 def processors(device: torch.device) -> int:
     """Programs a persistent kernel runs at once, one per multiprocessor."""
     return 3 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@dataclass(frozen=True)
-class PairTile:
-    """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
-
-    block_i: int
-    block_j: int
-    block_k: int
-    block_h: int
-    warps: int
-    stages: int
-
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-# Khatri-Rao contraction: S is generated in registers, spill-free at these sizes (compiled).
-INTERACTION_PAIRS = {
-    "sm_80": PairTile(8, 16, 64, 32, 8, 3),
-    "sm_86": PairTile(8, 16, 64, 32, 8, 2),
-    "sm_90": PairTile(8, 16, 128, 64, 8, 3),
-    "sm_100": PairTile(8, 16, 128, 64, 8, 3),  # with 64 directions, 2 spills (compiled)
-    "sm_120": PairTile(8, 16, 64, 32, 8, 2),
-    "gfx942": PairTile(8, 16, 64, 32, 4, 2),
-    "interpreter": PairTile(16, 16, 32, 32, 4, 1),
-}
-
-# One direction at a time: block_k is not used.
-INTERACTION_DIRECTION = {
-    "sm_80": PairTile(64, 64, 1, 32, 4, 3),
-    "sm_86": PairTile(64, 64, 1, 32, 4, 2),
-    "sm_90": PairTile(128, 128, 1, 64, 8, 3),
-    "sm_100": PairTile(64, 64, 1, 64, 4, 3),
-    "sm_120": PairTile(64, 64, 1, 32, 4, 2),
-    "gfx942": PairTile(64, 64, 1, 32, 4, 2),
-    "interpreter": PairTile(32, 32, 1, 32, 4, 1),
-}
-
-
-def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[str, PairTile | None]:
-    """The order of contraction, "direction", "pairs" or "library" (the composite), with its tile."""
-    if directions <= 16:
-        # three products of fp32 operands leave no registers for a 128 x 128 tile: 32 spills (compiled, sm_90)
-        wide = dtype == torch.float32 and arch == "sm_90"
-        return "direction", INTERACTION_DIRECTION["sm_80" if wide else arch]
-    if h >= 8192 and directions >= 512:
-        return "library", None  # model: generating S takes longer than reading it back
-    return "pairs", INTERACTION_PAIRS[arch]
-
-
-@dataclass(frozen=True)
-class MaskTile:
-    """A tile of the rank-1 mask kernels: `rows` tokens by an even number of `columns`."""
-
-    rows: int
-    columns: int
-    warps: int
-
-    def launch(self) -> dict[str, int]:
-        # no fused multiply-adds: they would change the masks' last bits
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-# One pass over memory. 8 elements a thread: the backward needs 120 registers, with 16 up to 232 (compiled, sm_90).
-RANK1_MASK = MaskTile(16, 64, 4)
-RANK1_MASK_INTERPRETED = MaskTile(64, 64, 4)
-
-
-def rank1_mask(arch: str) -> MaskTile:
-    """The tile of the kernels that draw masks."""
-    return RANK1_MASK_INTERPRETED if arch == "interpreter" else RANK1_MASK
-
-
-# Dot products with gathered rows: `rows` active ones at a time, `columns` of their elements.
-RANK1_SPARSE = MaskTile(8, 128, 4)
-RANK1_SPARSE_INTERPRETED = MaskTile(4, 16, 4)
-
-
-def rank1_sparse(arch: str) -> MaskTile:
-    """The tile of the sparse kernels."""
-    return RANK1_SPARSE_INTERPRETED if arch == "interpreter" else RANK1_SPARSE
-
-
-# Products whose three-term form keeps two split operands in registers: 64 x 64 does not spill (compiled).
-FAITHFULNESS = Tile(64, 64, 32, 4, 3)
-FAITHFULNESS_INTERPRETED = Tile(32, 32, 32, 4, 1)
-
-
-def faithfulness(arch: str) -> Tile:
-    """The tile of the faithfulness reduction."""
-    return FAITHFULNESS_INTERPRETED if arch == "interpreter" else FAITHFULNESS
-
-
-def accurate_precision(arch: str) -> str:
-    """fp32-accurate products whatever the TF32 switch says: on NVIDIA's tensor cores as three TF32 terms."""
-    return "tf32x3" if arch.startswith("sm_") else "ieee"

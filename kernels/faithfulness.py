@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bilinear_ops.kernels import config
 from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels.config import Tile
 from bilinear_ops.kernels.tile import load_tile
 
 
@@ -37,14 +38,18 @@ def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
     """sum (W - (R L)^T)^2 in fp32; partial sums of the tiles are added up in order, in fp64."""
     (o, i), c = weight.shape, read.shape[1]
     arch = config.architecture(weight.device)
-    tile = config.faithfulness(arch)
-    programs = triton.cdiv(o, tile.block_m) * triton.cdiv(i, tile.block_n)
-    partial = torch.empty(programs, device=weight.device)
-    if programs:
-        with via.on_device_of(weight):
+
+    def run(tile: Tile) -> Tensor:
+        programs = triton.cdiv(o, tile.block_m) * triton.cdiv(i, tile.block_n)
+        partial = torch.empty(programs, device=weight.device)
+        if programs:
             squared_difference_kernel[(programs,)](
                 weight, *weight.stride(), read, *read.stride(), write, *write.stride(), partial, o, i, c,
                 PRECISION=config.accurate_precision(arch),
                 BLOCK_O=tile.block_m, BLOCK_I=tile.block_n, BLOCK_C=tile.block_k, **tile.launch(),
             )  # fmt: skip
+        return partial
+
+    tiles = config.everywhere("squared_difference", arch)
+    partial = via.launch("squared_difference", weight, (o, i, c), tiles, run)
     return partial.sum(dtype=torch.float64).to(torch.float32)

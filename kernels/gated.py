@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bilinear_ops.composite.gated import preactivations
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launch as via
 from bilinear_ops.kernels.activation import act, act_grad_beta, act_with_grad
-from bilinear_ops.kernels.config import Tile
+from bilinear_ops.kernels.config import RowTile, Tile
 from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile
 
 SUBTILES = tl.constexpr(4)  # of the fused backward's epilogue: column_quarters
@@ -163,31 +163,27 @@ def gate_forward(
     beta: Tensor | None,
     activation: str,
     save: bool,
-    tiles: tuple[Tile, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`; `tiles` overrides the table's choice."""
+    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`."""
     (m, d), h = x.shape, w.shape[0]
-    hid = x.new_empty(m, h)
     arch = config.architecture(x.device)
-    descriptor = config.has_descriptors(arch) and via.describable(x, w, v, hid)
-    if tiles is None:
-        tiles = config.gated_forward(arch, x.dtype, m, d, descriptor)
-    if not tiles or m * h == 0:
-        both = preactivations(x, w, v, b_w, b_v)
-        return gate(both, beta, activation), both if save else None
-    az = x.new_empty(m, 2 * h) if save else None
-    a, z = (None, None) if az is None else az.chunk(2, 1)
+    descriptor = config.has_descriptors(arch) and via.describable(x, w, v) and h * x.itemsize % 16 == 0
     b_w, b_v = (None if b is None else b.contiguous() for b in (b_w, b_v))
-    beta = via.scalar(beta)
 
-    def launch(tile: Tile) -> None:
+    def run(tile: Tile | None) -> tuple[Tensor, Tensor | None]:
+        if tile is None:
+            both = preactivations(x, w, v, b_w, b_v)
+            return gate(both, beta, activation), both if save else None
+        hid = x.new_empty(m, h)
+        az = x.new_empty(m, 2 * h) if save else None
+        a, z = (None, None) if az is None else az.chunk(2, 1)
         into = (tile.block_m, tile.block_n)
         weight = (tile.block_n, tile.block_k)
         forward_kernel[(via.programs(tile, m, h, x.device),)](
             via.described(x, (tile.block_m, tile.block_k), descriptor), *x.stride(),
             via.described(w, weight, descriptor), *w.stride(),
             via.described(v, weight, descriptor), *v.stride(),
-            b_w, b_v, beta,
+            b_w, b_v, via.scalar(beta),
             via.described(hid, into, descriptor), h,
             via.described(a, into, descriptor), via.described(z, into, descriptor), 2 * h,
             m, h, d,
@@ -195,10 +191,12 @@ def gate_forward(
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_D=tile.block_k, GROUP_M=tile.group_m,
             **tile.launch(),
         )  # fmt: skip
+        return hid, az
 
-    with via.on_device_of(x):
-        via.first_that_fits(tiles, launch)
-    return hid, az
+    if m * h == 0:
+        return run(config.LIBRARY)
+    tiles = config.gated_forward(arch, x.dtype, m, d, descriptor)
+    return via.launch("gate_forward", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 
 
 def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
@@ -206,13 +204,16 @@ def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
     a, z = az.chunk(2, 1)
     m, h = a.shape
     hid = az.new_empty(m, h)
-    tile = config.gate(config.architecture(az.device))
+
+    def run(tile: RowTile) -> None:
+        gate_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns),)](
+            a, z, 2 * h, hid, h, via.scalar(beta), m, h,
+            ACTIVATION=activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
+        )  # fmt: skip
+
     if m * h:
-        with via.on_device_of(az):
-            gate_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n),)](
-                a, z, 2 * h, hid, h, via.scalar(beta), m, h,
-                ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, **tile.launch(),
-            )  # fmt: skip
+        tiles = config.everywhere("gate", config.architecture(az.device))
+        via.launch("gate", az, (tuning.bucket(m), h), tiles, run)
     return hid
 
 
@@ -224,55 +225,81 @@ def gate_backward(
     activation: str,
     need_hid: bool,
     need_beta: bool,
-    tiles: tuple[Tile, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself;
-    `tiles` overrides the table's choice."""
+    """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself."""
     m, h = az.shape[0], az.shape[1] // 2
     dadz = torch.empty_like(az)
     hid = az.new_empty(m, h) if need_hid else None
-    beta = via.scalar(beta)
+    if m * h == 0:
+        parts = az.new_zeros(0, dtype=torch.float32) if need_beta else None
+    elif p is None:
+        parts = _gate_backward_alone(dy, az, dadz, hid, beta, activation, need_beta)
+    else:
+        parts = _fused_backward(dy, p, az, dadz, hid, beta, activation, need_beta)
+    return dadz, hid, None if parts is None else parts.sum()
+
+
+def _fused_backward(
+    dy: Tensor,
+    p: Tensor,
+    az: Tensor,
+    dadz: Tensor,
+    hid: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    need_beta: bool,
+) -> Tensor | None:
+    """Write dadz and hid; returns the tiles' parts of dbeta."""
+    (m, o), h = dy.shape, p.shape[1]
     (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
     arch = config.architecture(az.device)
-    matrices = (dy, a, z, da, dz) + ((p,) if p is not None else ()) + ((hid,) if hid is not None else ())
+    matrices = (dy, p, a, z, da, dz) + (() if hid is None else (hid,))
     descriptor = config.has_descriptors(arch) and via.describable(*matrices)
-    if p is None:
-        tiles = ()
-    elif tiles is None:
-        tiles = config.gated_backward(arch, az.dtype, m, dy.shape[1], descriptor)
 
-    def dbeta_parts(tile: Tile, subtiles: int = 1) -> Tensor | None:
-        parts = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n) * subtiles
-        return az.new_empty(parts, dtype=torch.float32) if need_beta else None
-
-    def launch(tile: Tile) -> Tensor | None:
-        assert p is not None
+    def run(tile: Tile | None) -> Tensor | None:
+        if tile is None:
+            return _gate_backward_alone(dy @ p, az, dadz, hid, beta, activation, need_beta)
         into = (tile.block_m, tile.block_n // SUBTILES.value)
-        parts = dbeta_parts(tile, SUBTILES.value)
+        tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n)
+        parts = az.new_empty(tiles * SUBTILES.value, dtype=torch.float32) if need_beta else None
         backward_kernel[(via.programs(tile, m, h, az.device),)](
             via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
             *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
             via.described(hid, into, descriptor), h,
-            parts, beta,
-            m, h, dy.shape[1],
+            parts, via.scalar(beta),
+            m, h, o,
             ACTIVATION=activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
             **tile.launch(),
         )  # fmt: skip
         return parts
 
-    def launch_gate_alone(tile: Tile) -> Tensor | None:
-        dhid = dy if p is None else dy @ p
-        parts = dbeta_parts(tile)
-        gate_backward_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n),)](
-            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, parts, beta, m, h,
-            ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, **tile.launch(),
+    tiles = config.gated_backward(arch, az.dtype, m, o, descriptor)
+    return via.launch("gate_backward", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
+
+
+def _gate_backward_alone(
+    dhid: Tensor,
+    az: Tensor,
+    dadz: Tensor,
+    hid: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    need_beta: bool,
+) -> Tensor | None:
+    """The same from dhid [M, h]."""
+    m, h = dhid.shape
+    (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
+
+    def run(tile: RowTile) -> Tensor | None:
+        tiles = triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns)
+        parts = az.new_empty(tiles, dtype=torch.float32) if need_beta else None
+        gate_backward_kernel[(tiles,)](
+            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, parts, via.scalar(beta), m, h,
+            ACTIVATION=activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
         )  # fmt: skip
         return parts
 
-    parts = az.new_zeros(0, dtype=torch.float32) if need_beta else None
-    if m * h:
-        with via.on_device_of(az):
-            parts = via.first_that_fits(tiles, launch) if tiles else launch_gate_alone(config.gate(arch))
-    return dadz, hid, None if parts is None else parts.sum()
+    tiles = config.everywhere("gate_backward_alone", config.architecture(az.device))
+    return via.launch("gate_backward_alone", az, (tuning.bucket(m), h), tiles, run)

@@ -14,15 +14,16 @@ from torch import Tensor
 from bilinear_ops.composite import interaction as composite
 from bilinear_ops.composite.blocks import blocks
 from bilinear_ops.composite.interaction import interaction_backward
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launch as via
-from bilinear_ops.kernels.config import PairTile
+from bilinear_ops.kernels.config import PairTile, Tile
 from bilinear_ops.kernels.tile import INTERPRET, column_quarters
 from bilinear_ops.reference.interaction import unpack_symmetric
 
-__all__ = ["interaction", "interaction_backward"]
+__all__ = ["interaction", "interaction_backward", "workspace"]
 
 SUBTILES = tl.constexpr(4)  # of the epilogue over directions: column_quarters
+MIXED = 1 << 26  # elements of the mixtures of low-rank directions formed at a time: few and large GEMMs
 
 
 @triton.jit
@@ -36,12 +37,12 @@ def load_rows(ptr, stride_r, row, rows, h, BLOCK_R: tl.constexpr, BLOCK_H: tl.co
 
 @triton.jit
 def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr):
-    """Store [pairs, directions] to its place in the packed layout, or to both triangles."""
-    q = q_ptr + k.to(tl.int64)[None, :] * stride_qk
-    i = i.to(tl.int64)[:, None]
-    j = j.to(tl.int64)[:, None]
+    """Store Q_k[i, j] to its place in the packed layout, or to both triangles; i, j and k broadcast to the tile."""
+    q = q_ptr + k.to(tl.int64) * stride_qk
+    i = i.to(tl.int64)
+    j = j.to(tl.int64)
     tile = tile.to(q_ptr.dtype.element_ty)
-    inside = (i <= j) & (j < D) & (k < K)[None, :]
+    inside = (i <= j) & (j < D) & (k < K)
     if PACKED:
         tl.store(q + (i * D - i * (i - 1) // 2 + j - i), tile, mask=inside)
     else:
@@ -79,11 +80,11 @@ def pairs_kernel(
         s = s.reshape(BLOCK_I * BLOCK_J, BLOCK_H).to(c.dtype)
         acc = tl.dot(s, c.T, acc, input_precision=PRECISION)
     pair = tl.arange(0, BLOCK_I * BLOCK_J)
-    i = i0 + pair // BLOCK_J
-    j = j0 + pair % BLOCK_J
+    i = (i0 + pair // BLOCK_J)[:, None]
+    j = (j0 + pair % BLOCK_J)[:, None]
     quarters = column_quarters(acc)  # stored at once, the tile would spill
     for part in tl.static_range(SUBTILES):
-        k = k0 + part * (BLOCK_K // SUBTILES) + tl.arange(0, BLOCK_K // SUBTILES)
+        k = (k0 + part * (BLOCK_K // SUBTILES) + tl.arange(0, BLOCK_K // SUBTILES))[None, :]
         store_pairs(q_ptr, stride_qk, quarters[part], i, j, k, D, K, PACKED)
 
 
@@ -108,64 +109,67 @@ def direction_kernel(
         y = load_rows(y_ptr, stride_x, j0, D, h, BLOCK, BLOCK_H)
         c = tl.load(c_ptr + k.to(tl.int64) * stride_c + h + tl.arange(0, BLOCK_H)).to(tl.float32)
         acc = tl.dot((x.to(tl.float32) * c[None, :]).to(y.dtype), y.T, acc, input_precision=PRECISION)
-    i = (i0 + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
-    j = (j0 + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-    q = q_ptr + k.to(tl.int64) * stride_qk
-    tile = acc.to(q_ptr.dtype.element_ty)
-    inside = (i <= j) & (j < D)
-    if PACKED:
-        tl.store(q + (i * D - i * (i - 1) // 2 + j - i), tile, mask=inside)
-    else:
-        tl.store(q + (i * D + j), tile, mask=inside)
-        tl.store(q + (j * D + i), tile, mask=inside & (i < j))
+    i = (i0 + tl.arange(0, BLOCK))[:, None]
+    j = (j0 + tl.arange(0, BLOCK))[None, :]
+    store_pairs(q_ptr, stride_qk, acc, i, j, tl.full((1, 1), k, tl.int32), D, tl.num_programs(1), PACKED)
 
 
-def interaction(
-    w: Tensor,
-    v: Tensor,
-    c: Tensor,
-    u: Tensor | None,
-    packed: bool,
-    choice: tuple[str, PairTile | None] | None = None,
-) -> Tensor:
-    """The matrices of directions c [K, h], or u c with u [K, o] and c [o, h]: [K, d, d], or packed [K, d(d+1)/2];
-    `choice` overrides the table's order and tile."""
-    h, d = w.shape
+def interaction(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool) -> Tensor:
+    """The matrices of directions c [K, h], or u c with u [K, o] and c [o, h]: [K, d, d], or packed [K, d(d+1)/2]."""
     if u is not None:
-        return _factored(w, v, c, u, packed, choice)
-    directions = c.shape[0]
-    order, tile = (
-        config.interaction(config.architecture(w.device), w.dtype, directions, h) if choice is None else choice
-    )
-    if tile is None or w.numel() == 0 or directions == 0:
-        return composite.interaction(w, v, c, None, packed)
-    q = w.new_empty(directions, d * (d + 1) // 2) if packed else w.new_empty(directions, d, d)
-    with via.on_device_of(w):
-        (_by_pairs if order == "pairs" else _by_direction)(w, v, c, q, tile)
-    return q
+        return _factored(w, v, c, u, packed)
+    (h, d), directions = w.shape, c.shape[0]
+    shape = (directions, d * (d + 1) // 2) if packed else (directions, d, d)
+
+    def run(tile: Tile | PairTile | None) -> Tensor:
+        if tile is None:
+            return composite.interaction(w, v, c, None, packed)
+        q = w.new_empty(shape)
+        if isinstance(tile, PairTile):
+            _by_pairs(w, v, c, q, tile)
+        else:
+            _by_direction(w, v, c, q, tile)
+        return q
+
+    if w.numel() == 0 or directions == 0:
+        return run(config.LIBRARY)
+    tiles = config.interaction(config.architecture(w.device), w.dtype, directions, h)
+    return via.launch("interaction", w, (tuning.bucket(directions), d, h, packed), tiles, run)
 
 
-def _factored(
-    w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool, choice: tuple[str, PairTile | None] | None
-) -> Tensor:
+def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
+    """Elements, at most, that `interaction` holds beside its arguments and its result, with the table's tiles; o is 0
+    without factors."""
+    h, d = w.shape
+    if o and composite.two_stage(directions, o, h):
+        stage = o * (d * (d + 1) // 2)
+        mixture = 0 if packed else 2 * min(directions * d * d, max(d * d, MIXED))
+        return stage + max(workspace(o, 0, True, w), mixture)
+    product = directions * h if o else 0
+    (tile,) = config.interaction(config.architecture(w.device), w.dtype, directions, h)
+    if tile is None:
+        return product + composite.workspace(directions, 0, packed, w)
+    return product + (2 * d + directions) * _columns(h, tile)
+
+
+def _factored(w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool) -> Tensor:
     """u p [K, h] where that is cheap; else the matrices of p, packed, and then their mixtures."""
     directions, d = u.shape[0], w.shape[1]
     if not composite.two_stage(directions, *p.shape):
-        return interaction(w, v, u @ p, None, packed, choice)
-    stage = interaction(w, v, p, None, True, choice)  # [o, d(d+1)/2]
+        return interaction(w, v, u @ p, None, packed)
+    stage = interaction(w, v, p, None, True)  # [o, d(d+1)/2]
     if packed:
         return u @ stage
     q = w.new_empty(directions, d, d)
-    for a, b in blocks(directions, d * d, 64 * composite.TILE):
+    for a, b in blocks(directions, d * d, MIXED):
         q[a:b] = unpack_symmetric(u[a:b] @ stage, d)
     return q
 
 
 def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> None:
     (h, d), directions = w.shape, c.shape[0]
-    padded = triton.cdiv(h, tile.block_h) * tile.block_h
-    wt, vt = _padded(w.t(), padded), _padded(v.t(), padded)
-    half = _padded(0.5 * c, padded)
+    padded = _columns(h, tile)
+    wt, vt, half = _padded(padded, w.t()), _padded(padded, v.t()), _padded(padded, c).mul_(0.5)
     tiles_i, tiles_j = triton.cdiv(d, tile.block_i), triton.cdiv(d, tile.block_j)
     tiles_k = triton.cdiv(directions, tile.block_k)
     pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
@@ -175,22 +179,31 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> Non
     )  # fmt: skip
 
 
-def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> None:
+def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: Tile) -> None:
     (h, d), directions = w.shape, c.shape[0]
-    padded = triton.cdiv(2 * h, tile.block_h) * tile.block_h
-    x, y = _padded(torch.cat((w, v)).t(), padded), _padded(torch.cat((v, w)).t(), padded)
-    half = _padded(0.5 * torch.cat((c, c), 1), padded)
-    tiles = triton.cdiv(d, tile.block_i)
+    padded = _columns(h, tile)
+    x, y, half = _padded(padded, w.t(), v.t()), _padded(padded, v.t(), w.t()), _padded(padded, c, c).mul_(0.5)
+    tiles = triton.cdiv(d, tile.block_m)
     direction_kernel[(tiles * tiles, directions)](
         x, y, padded, half, padded, q, q.stride(0), d, tiles,
         H=padded, PACKED=q.dim() == 2, PRECISION=_precision(w),
-        BLOCK=tile.block_i, BLOCK_H=tile.block_h, **tile.launch(),
+        BLOCK=tile.block_m, BLOCK_H=tile.block_k, **tile.launch(),
     )  # fmt: skip
 
 
-def _padded(t: Tensor, columns: int) -> Tensor:
-    """Contiguous rows that end in zeros, so that no load of the contraction needs a mask."""
-    return torch.nn.functional.pad(t, (0, columns - t.shape[1])).contiguous()
+def _columns(h: int, tile: Tile | PairTile) -> int:
+    """Of the padded operands: all of the contraction, of length h for pairs, 2 h for one direction at a time."""
+    length, block = (h, tile.block_h) if isinstance(tile, PairTile) else (2 * h, tile.block_k)
+    return triton.cdiv(length, block) * block
+
+
+def _padded(columns: int, *parts: Tensor) -> Tensor:
+    """The parts side by side, rows ending in zeros, so that no load of the contraction needs a mask."""
+    padded, start = parts[0].new_zeros(parts[0].shape[0], columns), 0
+    for t in parts:
+        padded[:, start : start + t.shape[1]] = t
+        start += t.shape[1]
+    return padded
 
 
 def _precision(t: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
+from bilinear_ops.kernels.config import Choice
 
 T = TypeVar("T")
 
@@ -54,12 +55,21 @@ def programs(tile: config.Tile, m: int, n: int, device: torch.device) -> int:
     return min(tiles, config.processors(device) * tile.blocks_per_sm)
 
 
-def first_that_fits(tiles: Sequence[config.Tile], launch: Callable[[config.Tile], T]) -> T:
-    """Launch the best tile, stepping down where the device runs out of registers or shared memory."""
-    for i, tile in enumerate(tiles):
+def launch(kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Any], T]) -> T:
+    """run(tile) on the device of `like`, with the first of the table's tiles that fits, or with what tuning prefers.
+
+    `kernel` and `shape` name the choice, and `run` may be called more than once: see `tuning.preferred`.
+    """
+    with on_device_of(like):
+        return first_that_fits(tuning.preferred(kernel, like, shape, tiles, run), run)
+
+
+def first_that_fits(tiles: Sequence[Choice], run: Callable[[Any], T]) -> T:
+    """Run the best tile, stepping down where the device runs out of registers or shared memory."""
+    *better, last = tiles
+    for tile in better:
         try:
-            return launch(tile)
+            return run(tile)
         except OutOfResources:
-            if i == len(tiles) - 1:
-                raise
-    raise ValueError("no tiles to launch")
+            continue
+    return run(last)

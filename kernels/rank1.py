@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bilinear_ops.composite.rank1 import Masks
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels.config import RowTile
 from bilinear_ops.kernels.tile import load_tile, store_tile
 from bilinear_ops.kernels.uniform import sample_state, uniform_tile
 from bilinear_ops.reference.rank1 import mask_site
@@ -184,13 +185,16 @@ def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: flo
     """y [S, M, d_out] becomes beta y + (acts * (mask - delta)) L: acts [M, C], write [C, d_out]."""
     (m, c), s = acts.shape, masks.samples
     masked_acts = acts.new_empty(s, m, c)
+
+    def run(tile: RowTile) -> None:
+        mask_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(c, tile.columns),)](
+            *_operands(acts, masks), masked_acts, s, m, c, _period(masks, m),
+            SAMPLING=masks.sampling, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False),
+        )  # fmt: skip
+
     if masked_acts.numel():
-        tile = config.rank1_mask(config.architecture(acts.device))
-        with via.on_device_of(acts):
-            mask_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(c, tile.columns),)](
-                *_operands(acts, masks), masked_acts, s, m, c, _period(masks, m),
-                SAMPLING=masks.sampling, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(),
-            )  # fmt: skip
+        tiles = config.everywhere("mask", config.architecture(acts.device))
+        via.launch("mask", acts, (s, tuning.bucket(m), c), tiles, run)
     y = y.view(s * m, -1) if y.numel() else y.view(s * m, write.shape[1])
     torch.addmm(y, masked_acts.view(s * m, c), write, beta=beta, out=y)
 
@@ -202,26 +206,29 @@ def masked_apply_backward(
     need_acts, need_write, need_gates, need_source, need_delta = need
     (m, c), s, period = acts.shape, masks.samples, masks.gates.shape[0]
     dy = dy.reshape(s * m, write.shape[1])
-    dmasked = dy @ write.t()  # [S M, C]
-    tile = config.rank1_mask(config.architecture(acts.device))
-    tiles_m, tiles_c = triton.cdiv(m, tile.rows), triton.cdiv(c, tile.columns)
     sum_gates = period == 1 < m
     sum_source = masks.source is not None and masks.source.shape[1] == 1 < m
+    dacts = acts.new_empty(m, c) if need_acts else None
 
     def partial(needed: bool, *shape: int) -> Tensor | None:
         return acts.new_empty(shape, dtype=torch.float32) if needed else None
 
-    dacts = acts.new_empty(m, c) if need_acts else None
-    dgates = partial(need_gates, tiles_m if sum_gates else m, c)
-    dsource = partial(need_source, s, tiles_m if sum_source else m, c)
-    ddelta = partial(need_delta, tiles_c, s, m)
-    if dmasked.numel():
-        with via.on_device_of(acts):
+    def run(tile: RowTile) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        tiles_m, tiles_c = triton.cdiv(m, tile.rows), triton.cdiv(c, tile.columns)
+        dmasked = dy @ write.t()  # [S M, C]; here, because the kernel overwrites it
+        dgates = partial(need_gates, tiles_m if sum_gates else m, c)
+        dsource = partial(need_source, s, tiles_m if sum_source else m, c)
+        ddelta = partial(need_delta, tiles_c, s, m)
+        if dmasked.numel():
             mask_backward_kernel[(tiles_m * tiles_c,)](
                 dmasked, *_operands(acts, masks), dacts, dgates, dsource, ddelta, s, m, c, _period(masks, m),
                 SAMPLING=masks.sampling, SUM_GATES=sum_gates, SUM_SOURCE=sum_source, KEEP=need_write,
-                ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(),
+                ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False),
             )  # fmt: skip
+        return dmasked, dgates, dsource, ddelta
+
+    tiles = config.everywhere("mask_backward", config.architecture(acts.device))
+    dmasked, dgates, dsource, ddelta = via.launch("mask_backward", acts, (s, tuning.bucket(m), c), tiles, run)
     return (
         dacts,
         dmasked.t() @ dy if need_write else None,

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels.config import RowTile
 
 # Model: a gathered multiply-add reads 2 bytes of its own, so above 1 / 200 of the rows the dense product is faster.
 GATHER_COST = 200
@@ -62,13 +63,15 @@ def sparse_dots(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
         return (x @ rows.t()).gather(1, indices)
     rows = rows.contiguous()
     dots = x.new_empty(m, k)
+
+    def run(tile: RowTile) -> None:
+        dots_kernel[(m, triton.cdiv(k, tile.rows))](
+            x, *x.stride(), rows, d, indices, dots, k, d, BLOCK_K=tile.rows, BLOCK_D=tile.columns, **tile.launch()
+        )
+
     if dots.numel():
-        tile = config.rank1_sparse(config.architecture(x.device))
-        with via.on_device_of(x):
-            dots_kernel[(m, triton.cdiv(k, tile.rows))](
-                x, *x.stride(), rows, d, indices, dots, k, d,
-                BLOCK_K=tile.rows, BLOCK_D=tile.columns, num_warps=tile.warps, enable_fp_fusion=True,
-            )  # fmt: skip
+        tiles = config.everywhere("sparse_dots", config.architecture(x.device))
+        via.launch("sparse_dots", x, (tuning.bucket(m), k, d), tiles, run)
     return dots
 
 
@@ -76,13 +79,16 @@ def sparse_sums(coefficients: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     """sum_j coefficients_tj rows_i(tj): [M, k] -> [M, d]."""
     (m, k), d = indices.shape, rows.shape[1]
     rows = rows.contiguous()
+    coefficients = coefficients.contiguous()
     sums = rows.new_empty(m, d)
-    if sums.numel():
-        tile = config.rank1_sparse(config.architecture(rows.device))
+
+    def run(tile: RowTile) -> None:
         block = tile.rows * tile.columns
-        with via.on_device_of(rows):
-            sums_kernel[(m, triton.cdiv(d, block))](
-                coefficients.contiguous(), rows, d, indices, sums, k, d,
-                BLOCK_D=block, num_warps=tile.warps, enable_fp_fusion=True,
-            )  # fmt: skip
+        sums_kernel[(m, triton.cdiv(d, block))](
+            coefficients, rows, d, indices, sums, k, d, BLOCK_D=block, **tile.launch()
+        )
+
+    if sums.numel():
+        tiles = config.everywhere("sparse_sums", config.architecture(rows.device))
+        via.launch("sparse_sums", rows, (tuning.bucket(m), k, d), tiles, run)
     return sums

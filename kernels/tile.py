@@ -1,12 +1,11 @@
 """What the kernels share: the order of tiles, and tiles loaded and stored through descriptors or pointers."""
 
-import os
-
 import triton
 import triton.language as tl
+from triton import knobs
 
 # The interpreter computes bf16 on raw bits, wrongly; there every tile is widened as it is loaded.
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRET = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels.config import RowTile
 from bilinear_ops.kernels.tile import store_tile
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -68,11 +69,14 @@ def uniform_kernel(
 def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
     out = torch.empty(samples, rows, columns, device=seed.device)
-    if out.numel():
-        tile = config.rank1_mask(config.architecture(seed.device))
+
+    def run(tile: RowTile) -> None:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        with via.on_device_of(seed):
-            uniform_kernel[(tiles, samples)](
-                seed, site, out, rows, columns, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch()
-            )
+        uniform_kernel[(tiles, samples)](
+            seed, site, out, rows, columns, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False)
+        )
+
+    if out.numel():
+        tiles = config.everywhere("uniform", config.architecture(seed.device))
+        via.launch("uniform", out, (samples, tuning.bucket(rows), columns), tiles, run)
     return out

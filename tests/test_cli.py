@@ -103,15 +103,15 @@ def test_demo_fails_on_low_accuracy(monkeypatch, capsys):
 def test_demo_fails_on_a_wrong_gradient(monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(demo, "step_times", lambda *_: (1.0, 1.0))
-    good = demo.GatedMLP.forward
+    good = demo.gated_mlp
 
-    def wrong(self, x):
-        self.p.register_hook(lambda g: g * (1 + 1e-5))
-        return good(self, x)
+    def wrong(x, w, v, p, **options):
+        p.register_hook(lambda g: g * (1 + 1e-5))
+        return good(x, w, v, p, **options)
 
     monkeypatch.setattr(demo, "train", lambda data, epochs: demo.GatedMLP(64, 8, 10))
     monkeypatch.setattr(demo, "ACCURACY", 0.0)
-    monkeypatch.setattr(demo.GatedMLP, "forward", wrong)
+    monkeypatch.setattr(demo, "gated_mlp", wrong)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().out.endswith("FAILED: gradient p differs from the reference\n")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
+from bilinear_ops import _dispatch
 from bilinear_ops.testing import randn
 
 
@@ -14,7 +15,7 @@ def layer(**changes):
 
 
 CASES = {
-    "inner size of x": (dict(x=randn(5, 7)), RuntimeError, r"w must have shape \[h, d=7\], got \[4, 3\]"),
+    "inner size of x": (dict(x=randn(5, 7)), RuntimeError, r"w must .* \[h, d=7\], got \[4, 3\]; d is that of x"),
     "x without dimensions": (dict(x=torch.tensor(1.0)), RuntimeError, r"x must have shape \[..., d\], got \[\]"),
     "rows of v": (dict(v=randn(5, 3)), RuntimeError, r"v must have shape \[h=4, d=3\], got \[5, 3\]"),
     "w one-dimensional": (dict(w=randn(3)), RuntimeError, r"w must have shape \[h, d=3\], got \[3\]"),
@@ -78,3 +79,11 @@ def test_auto_is_the_composite_on_cpu(monkeypatch):
 
     monkeypatch.setattr(kernels, "gate_forward", lambda *args: pytest.fail("the kernels ran"))
     layer()
+
+
+@pytest.mark.parametrize("value", ("1", "true", "On", "YES", "y", "0", "2", "off", "", "truthy"))
+def test_interpreting_is_read_as_triton_reads_it(value, monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert (_dispatch.why_not_triton(torch.ones(1)) is None) == knobs.runtime.interpret

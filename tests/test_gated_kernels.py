@@ -10,23 +10,28 @@ pytest.importorskip("triton")
 
 from bilinear_ops import testing
 from bilinear_ops.composite import gated as composite
-from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels import launch as via
 from bilinear_ops.testing import randn
 
 M, D, H, O = 70, 48, 80, 40  # noqa: E741
 SMALL = config.Tile(32, 64, 32, 4, 1, group_m=2)  # several tiles a program, and a tail in every dimension
-LIBRARY = ()
+TILES = pytest.mark.parametrize("tile", (SMALL, config.LIBRARY), ids=("fused", "library"))
 
 
-def call_forward(kernels, tensors, tiles=None):
+def call_forward(kernels, tensors):
     x, w, v, b_w, b_v, beta = tensors
-    return kernels.gate_forward(x, w, v, b_w, b_v, beta, "swish", True, **({} if tiles is None else {"tiles": tiles}))
+    return kernels.gate_forward(x, w, v, b_w, b_v, beta, "swish", True)
 
 
-def call_backward(kernels, tensors, tiles=None):
+def call_backward(kernels, tensors):
     dy, p, az, beta = tensors
-    return kernels.gate_backward(dy, p, az, beta, "swish", True, True, **({} if tiles is None else {"tiles": tiles}))
+    return kernels.gate_backward(dy, p, az, beta, "swish", True, True)
+
+
+def call_kernels(call, tensors, tile):
+    with tuning.using(gate_forward=tile, gate_backward=tile):
+        return call(gated, tensors)
 
 
 def forward_inputs(dtype=torch.float32):
@@ -42,18 +47,18 @@ def backward_inputs(dtype=torch.float32):
 CALLS = [(call_forward, forward_inputs), (call_backward, backward_inputs)]
 
 
-def assert_same(call, tensors, tiles, dtype):
+def assert_same(call, tensors, tile):
     wide = [t.double() for t in tensors]
-    results = call(gated, tensors, tiles), call(composite, tensors), call(composite, wide)
+    results = call_kernels(call, tensors, tile), call(composite, tensors), call(composite, wide)
     for ours, eager, gold in zip(*results, strict=True):
         testing.assert_no_worse(ours, eager.to(ours.dtype), gold)
 
 
 @pytest.mark.parametrize(("call", "inputs"), CALLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("tiles", ((SMALL,), LIBRARY), ids=("fused", "library"))
-def test_paths_agree(call, inputs, tiles, dtype):
-    assert_same(call, inputs(dtype), tiles, dtype)
+@TILES
+def test_paths_agree(call, inputs, tile, dtype):
+    assert_same(call, inputs(dtype), tile)
 
 
 @pytest.mark.parametrize(("call", "inputs"), CALLS)
@@ -64,21 +69,21 @@ def test_pointers_take_what_descriptors_cannot(call, inputs, kind, monkeypatch):
     seen = []
     original = via.describable
     monkeypatch.setattr(via, "describable", lambda *t: seen.append(original(*t)) or seen[-1])
-    assert_same(call, described, (SMALL,), torch.float32)
-    assert_same(call, tensors, (SMALL,), torch.float32)
+    assert_same(call, described, SMALL)
+    assert_same(call, tensors, SMALL)
     assert seen == [kind == "sliced", True]  # of these layouts, only a row stride is a descriptor's business
 
 
 @pytest.mark.parametrize(("call", "inputs"), CALLS)
-@pytest.mark.parametrize("tiles", ((SMALL,), LIBRARY), ids=("fused", "library"))
+@TILES
 @pytest.mark.parametrize("kind", ("plain", "offset"))
-def test_touches_only_its_memory(call, inputs, tiles, kind):
+def test_touches_only_its_memory(call, inputs, tile, kind):
     """Outputs lie between pads that stay NaN, inputs between pads that must not be read."""
     tensors = [testing.guarded(t) for t in inputs()]
     if kind == "offset":
         tensors[1] = testing.layout(tensors[1], "offset")
     with testing.GuardedAllocations() as memory:
-        results = call(gated, tensors, tiles)
+        results = call_kernels(call, tensors, tile)
     assert len(memory.allocated) >= 2
     memory.check()
     for ours, expected in zip(results, call(composite, inputs_copy(tensors)), strict=True):
@@ -110,12 +115,12 @@ def test_table_sends_each_case_down_its_path(monkeypatch):
     half, single = torch.bfloat16, torch.float32
     assert config.gated_forward("sm_90", half, 4096, 1024, True)[0] == config.GATED_FORWARD["sm_90"][0]
     assert config.gated_forward("sm_90", half, 4096, 1024, False) == config.GATED_FORWARD["pointers"]
-    assert config.gated_forward("sm_90", single, 4096, 1024, True) == ()
+    assert config.gated_forward("sm_90", single, 4096, 1024, True) == (config.LIBRARY,)
     for choose in (config.gated_forward, config.gated_backward):
         for arch in config.SHARED_MEMORY:
-            assert choose(arch, half, 4096, 1024, False)
+            assert config.LIBRARY not in choose(arch, half, 4096, 1024, False)
     monkeypatch.setattr(config, "tf32_allowed", lambda: True)
-    assert config.gated_forward("sm_90", single, 4096, 1024, True)
+    assert config.LIBRARY not in config.gated_forward("sm_90", single, 4096, 1024, True)
 
 
 @pytest.mark.parametrize("spelling", ("new", "old"))
@@ -136,13 +141,14 @@ def test_tf32_switch_is_read_in_either_spelling(spelling):
 
 OFFSETS = """
 import torch
-from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import config, gated, tuning
 stride, d = 70_000_000, 33  # column 32 lies 2.2e9 elements in: past 2^31; the buffer is committed lazily
 torch.manual_seed(0)
 x = torch.empty(stride * (d - 1) + 16, dtype=torch.float16).as_strided((16, d), (1, stride))
 x.copy_(torch.randn(16, d))
 w, v = torch.randn(2, 8, d).half()
-hid, _ = gated.gate_forward(x, w, v, None, None, None, "identity", False, (config.Tile(16, 16, 16, 4, 1),))
+with tuning.using(gate_forward=config.Tile(16, 16, 16, 4, 1)):
+    hid, _ = gated.gate_forward(x, w, v, None, None, None, "identity", False)
 torch.testing.assert_close(hid.float(), (x.float() @ w.float().T) * (x.float() @ v.float().T), rtol=1e-2, atol=1e-2)
 """
 

@@ -1,66 +1,233 @@
-"""What only a GPU can show: `pytest -m gpu` on a machine that has one."""
+"""What only a GPU can show, `pytest -m gpu` on a machine that has one; the same functions run interpreted without."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from test_gated import DTYPES, assert_right, inputs
+from torch import Tensor
+
+pytest.importorskip("triton")
 
 import bilinear_ops as bo
+from bench import smallest
+from bench.measure import check
+from bench.workload import Run, Workload, workloads
+from bilinear_ops import reference
 from bilinear_ops.gated import ACTIVATIONS
-from bilinear_ops.testing import randn
+from bilinear_ops.testing import assert_no_worse, randn
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+ON_BOTH = pytest.mark.parametrize("device", ("cpu", GPU))
+ON_GPU = pytest.mark.parametrize("device", (GPU,))
+
+SMALLEST = {str(w): w for w in smallest.workloads(torch.device("cpu"))}
+# One dtype each: what a stream, a graph or a device changes, it changes for all; and interpreted ones take their time.
+ONE_EACH = [n for n, w in SMALLEST.items() if w.dtype == (torch.float16 if "fused" in w.case else torch.float32)]
 
 
-def on_device(m: int, d: int, h: int, o: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    return [t.cuda() for t in inputs(m, d, h, o, dtype)]
+def find(name: str, device: str) -> Workload:
+    return next(w for w in smallest.workloads(torch.device(device)) if str(w) == name)
 
 
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", n) for n in ONE_EACH] + [pytest.param("cuda", n, marks=GPU.marks) for n in SMALLEST]
+)
+def test_every_kernel_is_right_and_repeats_its_bits(name, device):
+    assert not check(find(name, device), seed=1, repeats=20 if device == "cuda" else 2).failed
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", [str(w) for w in workloads(torch.device("cuda"), "tiny")])
+def test_every_benched_op_is_right_and_repeats_its_bits(name, device):
+    (workload,) = (w for w in workloads(torch.device(device), "tiny") if str(w) == name)
+    assert not check(workload, seed=1, repeats=20).failed
+
+
+@ON_GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ((1, 64, 128, 64), (130, 65, 129, 33), (512, 256, 640, 256)), ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_right(activation, shape, dtype):
-    assert_right(on_device(*shape, dtype), activation, "triton")
+def test_gated_sizes(activation, shape, dtype, device):
+    assert_right([t.to(device) for t in inputs(*shape, dtype)], activation, "triton")
 
 
-def test_bitwise_repeatable():
-    tensors = [t.requires_grad_() for t in on_device(512, 256, 640, 256)]
-
-    def step():
-        y = bo.gated_mlp(*tensors, activation="silu", impl="triton")
-        return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
-
-    first = step()
-    for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
-
-
-def test_graph_capture():
-    tensors = on_device(512, 256, 640, 256)
-    expected = bo.gated_mlp(*tensors, activation="silu", impl="triton")  # compiles, too
+def replayed(run: Run, device: str) -> tuple[Tensor, ...]:
+    """What `run` leaves when it is captured and replayed; on a CPU, when it runs."""
+    if device == "cpu":
+        return run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = bo.gated_mlp(*tensors, activation="silu", impl="triton")
-    y.zero_()
+        found = run()
+    for t in found:
+        t.zero_()
     graph.replay()
-    assert torch.equal(y, expected)
+    torch.cuda.synchronize()
+    return found
 
 
-def test_side_stream():
-    tensors = on_device(512, 256, 640, 256)
-    expected = bo.gated_mlp(*tensors, impl="triton")
+def on_side_stream(run: Run, device: str) -> tuple[Tensor, ...]:
+    if device == "cpu":
+        return run()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        y = bo.gated_mlp(*tensors, impl="triton")
+        found = run()
     torch.cuda.synchronize()
-    assert torch.equal(y, expected)
+    return found
 
 
-def test_more_than_2_to_the_31_elements():
-    m, d, h = 1 << 19, 64, 4224  # hid has 2.2e9 elements
-    x, w, v = (randn(*s, dtype=torch.bfloat16).cuda() for s in ((m, d), (h, d), (h, d)))
+@pytest.mark.parametrize("way", (replayed, on_side_stream))
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", ONE_EACH[0])] + [pytest.param("cuda", n, marks=GPU.marks) for n in ONE_EACH]
+)
+def test_same_bits_from_a_graph_and_on_a_side_stream(name, way, device):
+    workload = find(name, device)
+    run = workload.ours(*workload.inputs(0))
+    expected = [t.clone() for t in run()]  # compiles, too
+    assert all(map(torch.equal, way(run, device), expected))
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_second_device(name, device):
+    """With the first one current, as a model spread over devices leaves it."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    results = []
+    for where in ("cuda:0", "cuda:1"):
+        workload = find(name, where)
+        tensors = (t.to(where) for t in find(name, "cuda:0").inputs(0))
+        results.append([t.cpu() for t in workload.ours(*tensors)()])
+    assert torch.cuda.current_device() == 0 and all(map(torch.equal, *results))
+
+
+@ON_BOTH
+@pytest.mark.parametrize("wrong", range(4))
+def test_mixed_devices_are_refused(wrong, device):
+    """Whichever argument is elsewhere, named, before anything is launched."""
+    other = "meta" if device == "cpu" else "cpu"
+    calls: dict[Callable[..., Any], tuple[tuple[int, ...], ...]] = {
+        bo.gated_mlp: ((5, 3), (4, 3), (4, 3), (2, 4)),
+        bo.interaction_matrices: ((4, 3), (4, 3), (2, 4)),
+        bo.interaction_topk: ((4, 3), (4, 3), (2, 4)),
+        bo.rank1_linear: ((5, 3), (3, 4), (4, 2), (5, 4)),
+        bo.stochastic_rank1_linear: ((5, 3), (3, 4), (4, 2), (5, 4)),
+        bo.faithfulness_loss: ((5, 3), (3, 4), (4, 5)),
+    }
+    for op, shapes in calls.items():
+        if wrong >= len(shapes):
+            continue
+        tensors = [randn(*s).to(other if i == wrong else device) for i, s in enumerate(shapes)]
+        options = {bo.interaction_topk: {"n": 1}, bo.stochastic_rank1_linear: {"seed": 0}}.get(op, {})
+        with pytest.raises(RuntimeError, match=rf"must be on the device of .*{other if wrong else device}"):
+            op(*tensors, **options, impl="triton")
+
+
+def test_mixed_devices_of_indices():
+    tensors = [randn(*s) for s in ((5, 3), (3, 4), (4, 2))]
+    with pytest.raises(RuntimeError, match="indices must be on the device of x, cpu, got meta"):
+        bo.rank1_sparse(*tensors, torch.zeros(5, 2, dtype=torch.int64, device="meta"), randn(5, 2), impl="triton")
+
+
+# More than 2^31 elements where the kernels write or read; on a CPU the same lines with a few.
+
+
+def large(device: str, few: int, many: int) -> int:
+    return many if device == "cuda" else few
+
+
+def drawn(device: str, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16()
+
+
+def assert_tail_right(got: Tensor, spec: Callable[..., Tensor], *tensors: Tensor) -> None:
+    assert_no_worse(got, spec(*tensors), spec(*(t.double() for t in tensors)))
+
+
+@ON_BOTH
+def test_large_gated(device):
+    m, d, h = large(device, 70, 1 << 19), 64, large(device, 72, 4224)  # hid: 2.2e9 elements
+    x, w, v = drawn(device, m, d), drawn(device, h, d), drawn(device, h, d)
     with torch.no_grad():
         y = bo.gated_bilinear(x, w, v, impl="triton")
-        torch.testing.assert_close(y[-4:], bo.gated_bilinear(x[-4:], w, v, impl="torch"))
+    assert_tail_right(y[-4:].clone(), reference.gated_bilinear, x[-4:], w, v)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("outputs", (8, 520), ids=("direction", "pairs"))  # a direction at a time, and all at once
+def test_large_interaction(outputs, device):
+    d, h = large(device, 18, {8: 16400, 520: 2048}[outputs]), 64  # q: 2.2e9 elements
+    outputs = large(device, min(outputs, 20), outputs)
+    w, v, c = drawn(device, h, d), drawn(device, h, d), drawn(device, outputs, h)
+    q = bo.interaction_matrices(w, v, c, impl="triton")
+    i = slice(d - 8, d)
+    assert_tail_right(q[-1, i, i].clone(), lambda *t: reference.interaction_matrices(*t)[0], w[:, i], v[:, i], c[-1:])
+
+
+@ON_BOTH
+def test_large_masked(device):
+    """Gates of 1 are masks of 1, whatever is drawn: the tail's samples are the plain product."""
+    m, c, d, s = large(device, 20, 1 << 18), large(device, 70, 2112), 16, 4  # masked activations: 2.2e9 elements
+    x, read, write = drawn(device, m, d), drawn(device, d, c), drawn(device, c, d)
+    gates = torch.ones(c, device=device)
+    with torch.no_grad():
+        y = bo.stochastic_rank1_linear(x, read, write, gates, samples=s, seed=1, impl="triton")
+    assert_tail_right(y[-1, -4:].clone(), reference.rank1_linear, x[-4:], read, write)
+
+
+@ON_BOTH
+def test_large_sparse(device):
+    c, d = large(device, 800, 1 << 22), 520  # vectors: 2.2e9 elements
+    x, columns, write = drawn(device, 3, d), drawn(device, c, d), drawn(device, c, 8)
+    indices = c - 1 - torch.arange(6, device=device).view(3, 2)
+    gates = torch.rand(3, 2, device=device)
+    with torch.no_grad():
+        y = bo.rank1_sparse(x, columns.t(), write, indices, gates, impl="triton")
+    tail = slice(c - 8, c)
+
+    def spec(x: Tensor, columns: Tensor, write: Tensor, gates: Tensor) -> Tensor:
+        return reference.rank1_sparse(x, columns.t(), write, indices - (c - 8), gates)
+
+    assert_tail_right(y, spec, x, columns[tail], write[tail], gates)
+
+
+@ON_BOTH
+def test_large_faithfulness(device):
+    """All of the loss is in the last row."""
+    o, i = large(device, 70, 1 << 16), large(device, 70, 33_000)  # weight: 2.2e9 elements
+    weight = torch.zeros(o, i, dtype=torch.bfloat16, device=device)
+    weight[-1] = 1
+    none = (
+        torch.zeros(i, 1, dtype=torch.bfloat16, device=device),
+        torch.zeros(1, o, dtype=torch.bfloat16, device=device),
+    )
+    loss = bo.faithfulness_loss(weight, *none, impl="triton")
+    torch.testing.assert_close(loss.double().cpu(), torch.tensor(1 / o, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@ON_BOTH
+def test_large_uniform(device):
+    m, c = large(device, 70, 1 << 19), large(device, 34, 4224)  # 2.2e9 numbers
+    mask = bo.stochastic_mask(torch.zeros(m, 1, device=device).expand(m, c), seed=1, impl="triton").view(m, c)
+    tail = bo.stochastic_mask(torch.zeros(m, 2, device=device), seed=1, impl="torch").view(m, 2)
+    assert torch.equal(mask[-4:, :2], tail[-4:])  # a number depends on its row and column alone
+
+
+@ON_GPU
+def test_tuning(device, tmp_path, monkeypatch):
+    """Measured for real, never within a capture, and right with what was chosen."""
+    from bilinear_ops.kernels import tuning
+
+    monkeypatch.setenv("BILINEAR_OPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    shapes = ((4096, 512), (1024, 512), (1024, 512), (512, 1024))
+    bo.warmup(bo.gated_mlp, *shapes, dtype=torch.bfloat16, device=device, tune=True, activation="silu")
+    assert {"gate_forward", "gate_backward"} <= {dict(key)["kernel"] for key in tuning._chosen}
+    assert_right([t.to(device) for t in inputs(4096, 512, 1024, 512, torch.bfloat16)], "silu", "triton")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    x, w = drawn(device, 4096, 256), drawn(device, 512, 256)
+    bo.gated_bilinear(x, w, w, impl="triton")  # compiles the table's tile
+    monkeypatch.setenv("BILINEAR_OPS_TUNE", "1")
+    monkeypatch.setattr(tuning, "seconds", lambda *a: pytest.fail("measured"))
+    replayed(lambda: (bo.gated_bilinear(x, w, w, impl="triton"),), device)

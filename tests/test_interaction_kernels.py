@@ -8,32 +8,32 @@ pytest.importorskip("triton")
 import bilinear_ops as bo
 from bilinear_ops import testing
 from bilinear_ops.composite import interaction as composite
-from bilinear_ops.kernels import config, interaction
+from bilinear_ops.kernels import config, interaction, tuning
 from bilinear_ops.testing import assert_no_worse, gradients, randn
 
-PAIRS = ("pairs", config.PairTile(8, 16, 16, 16, 4, 1))  # a tail in every dimension, tiles off the diagonal
-DIRECTION = ("direction", config.PairTile(16, 16, 1, 16, 4, 1))
-LIBRARY = ("library", None)
-CHOICES = {"pairs": PAIRS, "direction": DIRECTION, "library": LIBRARY}
+PAIRS = config.PairTile(8, 16, 16, 16, 4, 1)  # a tail in every dimension, tiles off the diagonal
+DIRECTION = config.Tile(16, 16, 16, 4, 1)
+ORDERS = {"pairs": PAIRS, "direction": DIRECTION, "library": config.LIBRARY}
 
 
 def layer(K, d, h, dtype=torch.float32):
     return randn(h, d, dtype=dtype), randn(h, d, dtype=dtype), randn(K, h, dtype=dtype)
 
 
-def assert_right(tensors, packed, choice):
+def assert_right(tensors, packed, order):
     kind = "packed" if packed else "full"
-    q = interaction.interaction(*tensors, None, packed, choice)
+    with tuning.using(interaction=ORDERS[order]):
+        q = interaction.interaction(*tensors, None, packed)
     eager = bo.reference.interaction_matrices(*tensors, layout=kind)
     assert_no_worse(q, eager, bo.reference.interaction_matrices(*(t.double() for t in tensors), layout=kind))
     assert packed or torch.equal(q, q.mT)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_paths_agree(dtype, packed, choice):
-    assert_right(layer(17, 18, 21, dtype=dtype), packed, CHOICES[choice])
+def test_paths_agree(dtype, packed, order):
+    assert_right(layer(17, 18, 21, dtype=dtype), packed, order)
 
 
 @pytest.mark.parametrize("size", list(testing.shapes("K d h", base=3, mixed=0, sizes=(1, 17, 65))), ids=str)
@@ -44,18 +44,18 @@ def test_sizes_down_the_table(size):
     assert_no_worse(bo.interaction_matrices(w, v, c, impl="triton"), eager, gold)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", testing.LAYOUTS)
-def test_any_layout(kind, choice):
-    assert_right([testing.layout(t, kind) for t in layer(6, 6, 6)], False, CHOICES[choice])
+def test_any_layout(kind, order):
+    assert_right([testing.layout(t, kind) for t in layer(6, 6, 6)], False, order)
 
 
-@pytest.mark.parametrize("choice", ["pairs", "direction"])
+@pytest.mark.parametrize("order", ["pairs", "direction"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_touches_only_its_memory(packed, choice):
+def test_touches_only_its_memory(packed, order):
     tensors = [testing.guarded(t) for t in layer(5, 18, 21)]
-    with testing.GuardedAllocations() as memory:
-        q = interaction.interaction(*tensors, None, packed, CHOICES[choice])
+    with testing.GuardedAllocations() as memory, tuning.using(interaction=ORDERS[order]):
+        q = interaction.interaction(*tensors, None, packed)
     assert memory.allocated
     memory.check()
     expected = composite.interaction(*(t.clone() for t in tensors), None, packed)
@@ -113,6 +113,6 @@ def test_streaming_and_ranking_use_the_kernels(monkeypatch):
 def test_table_sends_each_case_down_its_path():
     for arch in config.SHARED_MEMORY:
         for dtype in (torch.bfloat16, torch.float32):
-            assert config.interaction(arch, dtype, 8, 2048)[0] == "direction"
-            assert config.interaction(arch, dtype, 512, 2048)[0] == "pairs"
-            assert config.interaction(arch, dtype, 512, 8192) == LIBRARY
+            assert isinstance(config.interaction(arch, dtype, 8, 2048)[0], config.Tile)
+            assert isinstance(config.interaction(arch, dtype, 512, 2048)[0], config.PairTile)
+            assert config.interaction(arch, dtype, 512, 8192) == (config.LIBRARY,)

@@ -58,7 +58,10 @@ def test_from_linear_shares_the_parameters(bias):
     assert not any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
 
 
-def test_from_linear_checks_sizes():
+def test_from_linear_checks_sizes_and_dtypes():
+    half = nn.Linear(3, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="of one dtype, got torch.bfloat16, torch.float32, torch.float32"):
+        bo.nn.GatedMLP.from_linear(gate=half, up=nn.Linear(3, 4), down=nn.Linear(4, 3), activation="silu")
     with pytest.raises(ValueError, match=r"got \[5, 3\], \[4, 3\], \[3, 4\]"):
         bo.nn.GatedMLP.from_linear(gate=nn.Linear(3, 5), up=nn.Linear(3, 4), down=nn.Linear(4, 3), activation="silu")
 

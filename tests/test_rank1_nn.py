@@ -59,6 +59,8 @@ def test_targets_are_frozen_and_saved():
 def test_errors():
     with pytest.raises(RuntimeError, match=r"weight must have shape \[4, 6\], got \[6, 4\]"):
         bo.nn.Rank1Linear(6, 4, 9, weight=randn(6, 4))
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[6, 4\], got \[4, 6\]"):
+        bo.nn.Rank1Embedding(6, 4, 9, weight=randn(4, 6))
     with pytest.raises(ValueError, match="delta needs weight"):
         bo.nn.Rank1Linear(6, 4, 9)(randn(5, 6), delta=torch.ones(5))
     with pytest.raises(ValueError, match="routing needs weight"):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_example_runs():
-    (example,) = blocks("python")
+def run(example: str) -> dict[str, Any]:
     assert len(example.splitlines()) <= 12
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(example, names)
-    assert names["y"].shape == (8, 128, 512)
-    assert names["layer"].p.grad.isfinite().all()
+    return names
+
+
+def test_examples_run():
+    use, read = (run(example) for example in blocks("python"))
+    assert use["y"].shape == (8, 128, 512)
+    assert use["layer"].p.grad.isfinite().all()
+    assert read["pairs"].vectors.shape == (10, 4, 64)
+    assert read["top"].values.shape == (10, 5)
+
+
+def test_every_analysis_has_its_row():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", README.partition("| `bo.analysis`")[2], re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named >= {name for name in bilinear_ops.analysis.__all__ if name.islower()}
 
 
 def test_every_op_has_its_row():

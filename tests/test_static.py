@@ -21,18 +21,43 @@ def test_compiles_without_spills(arch):
     assert "forward_kernel" in done.stdout and "backward_kernel" in done.stdout
 
 
-def test_a_tile_that_spills_fails_the_gate():
-    done = _run(
-        "-c",
-        "import sys; from bench import static; from bilinear_ops.kernels import config\n"
-        "config.GATED_FORWARD['sm_80'] = (config.Tile(128, 128, 32, 4, 3),)\n"
-        "sys.argv = ['', '--target', 'sm_80', '--kernel', 'forward_kernel']\n"
-        "sys.exit(static.main())",
-    )
+TOO_LARGE = """
+config.GATED_FORWARD["sm_90"] = (config.Tile(128, 128, 64, 4, 3),)
+"""
+RUN_TIME_EXTENT = """
+from bilinear_ops.kernels import interaction
+source = open(interaction.__file__).read()
+h = "H: tl.constexpr, PACKED"
+assert source.count(h) == 2
+with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+    file.write(source.replace(h, "H, PACKED"))
+    file.flush()
+    broken = runpy.run_path(file.name)
+    interaction.pairs_kernel = broken["pairs_kernel"]
+    sys.exit(static.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("breaking", "arch", "kernel", "message"),
+    (
+        (
+            TOO_LARGE,
+            "sm_90",
+            "forward_kernel",
+            r"\[bfloat16 128x2x128x64 aligned\]: \d+ spill instructions, \d+ of them",
+        ),
+        (RUN_TIME_EXTENT, "sm_90", "pairs_kernel", r"\[bfloat16 K=512 full\]: \d+ wgmmas of the main loop waited for"),
+    ),
+    ids=("spills", "run-time extent"),
+)
+def test_a_broken_kernel_fails_the_gate(breaking, arch, kernel, message):
+    """Named with its target and the figure that is wrong."""
+    code = "import runpy, sys, tempfile; from bench import static; from bilinear_ops.kernels import config\n"
+    code += f"sys.argv = ['', '--target', '{arch}', '--kernel', '{kernel}']\n"
+    done = _run("-c", code + breaking + "sys.exit(static.main())")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(
-        r"FAIL sm_80 forward_kernel \[bfloat16 128x2x128x32 aligned\]: \d+ spill instructions", done.stdout
-    )
+    assert re.search(rf"FAIL {arch} {kernel} {message}", done.stdout), done.stdout
 
 
 def _run(*words):

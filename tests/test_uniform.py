@@ -11,7 +11,7 @@ from torch import Tensor
 import bilinear_ops as bo
 from bilinear_ops import reference
 from bilinear_ops.composite import uniform as composite
-from bilinear_ops.kernels import config
+from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import uniform as kernels
 
 WORD = (1 << 64) - 1
@@ -52,9 +52,9 @@ def test_same_for_every_tile(shape, monkeypatch):
     for block in (1, 100, 1 << 15):
         monkeypatch.setattr(composite, "BLOCK", block)
         assert torch.equal(composite.uniform(torch.tensor(5), 0, 2, *shape), expected)
-    for tile in (config.MaskTile(16, 128, 4), config.MaskTile(32, 16, 4), config.MaskTile(64, 64, 4)):
-        monkeypatch.setattr(config, "rank1_mask", lambda arch, tile=tile: tile)
-        assert torch.equal(kernels.uniform(torch.tensor(5), 0, 2, *shape), expected)
+    for tile in (config.RowTile(16, 128, 4), config.RowTile(32, 16, 4), config.RowTile(64, 64, 4)):
+        with tuning.using(uniform=tile):
+            assert torch.equal(kernels.uniform(torch.tensor(5), 0, 2, *shape), expected)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 
 
 def differentiable(
@@ -36,8 +36,9 @@ class _EigenPairs(torch.autograd.Function):
         return values.clone(), vectors.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dvalues: Tensor | None, dvectors: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("eigenpairs are differentiable once, so their gradient takes no create_graph=True")
         values, vectors = ctx.saved_tensors
         gradient = torch.zeros_like(vectors) if dvalues is None else dvalues.unsqueeze(2) * vectors
         if dvectors is not None:
@@ -59,18 +60,20 @@ def _resolvent(values: Tensor, vectors: Tensor, dvectors: Tensor, multiply: Call
     def shifted(x: Tensor) -> Tensor:
         return outside(values.unsqueeze(2) * x - multiply(x))
 
-    return inside @ vectors + _minres(shifted, outside(outside(dvectors)))
+    accuracy = torch.finfo(values.dtype).eps ** 0.75
+    return inside @ vectors + _minres(
+        shifted, outside(outside(dvectors)), accuracy * vector_norm(dvectors, dim=2, keepdim=True)
+    )
 
 
-def _minres(multiply: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-    """x with A x = b for symmetric, possibly indefinite A: b and x [K, n, d], a system a row (Paige & Saunders 1975).
+def _minres(multiply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor:
+    """x with |A x - b| <= target for symmetric A, a system a row of [K, n, d] (Paige & Saunders 1975).
 
     Raises RuntimeError where it does not converge, as when b has a component along which A is singular.
     """
     tiny = torch.finfo(b.dtype).tiny
     x, zero = torch.zeros_like(b), torch.zeros_like(b[..., :1])
-    left = beta = b.norm(dim=2, keepdim=True)  # left: |b - A x|
-    target = torch.finfo(b.dtype).eps ** 0.75 * left
+    left = beta = vector_norm(b, dim=2, keepdim=True)  # left: |b - A x|
     q, q_before = b / beta.clamp_min(tiny), x
     step, step_before = x, x
     cos, sin, diagonal, far = zero - 1, zero, zero, zero
@@ -81,7 +84,7 @@ def _minres(multiply: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         y = multiply(q) - beta * q_before
         alpha = (q * y).sum(2, keepdim=True)
         y = y - alpha * q
-        beta = y.norm(dim=2, keepdim=True)
+        beta = vector_norm(y, dim=2, keepdim=True)
         # the new column of the tridiagonal matrix, of which the last two rotations leave `far` and `near` above
         far_now, near, diagonal = far, cos * diagonal + sin * alpha, sin * diagonal - cos * alpha
         radius = torch.hypot(diagonal, beta).clamp_min(tiny)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops.analysis.lanczos import GUARDS, STEPS, lanczos, subspace
+from bilinear_ops.analysis.lanczos import GUARDS, STEPS, eigh, lanczos, subspace
 from bilinear_ops.analysis.operators import Factored, Formed, Operator
 from bilinear_ops.interaction import interaction_matrices
 from bilinear_ops.reference.interaction import Directions, coefficients
@@ -42,7 +42,7 @@ def compress(w: Tensor, v: Tensor, basis: Tensor | None, count: int) -> Layer:
     more = torch.randn(count + GUARDS, d, generator=generator, dtype=w.dtype, device=w.device)
     lift, triangle = torch.linalg.qr(torch.cat([rows, more]).t())
     coordinates = triangle[:, : len(rows)].t()  # of the rows: zero along what was added
-    w, v = (w @ coordinates, v @ coordinates) if through_basis else coordinates.split(h)
+    w, v = (w @ coordinates, v @ coordinates) if through_basis else (coordinates[:h], coordinates[h:])
     return Layer(w.contiguous(), v.contiguous(), lift.t())
 
 
@@ -54,13 +54,19 @@ class Plan(NamedTuple):
     workspace: int
 
 
-def plan(method: str, h: int, d: int, count: int) -> Plan:
-    """The cheapest plan, in FLOPs of a large product on one core, as measured at d from 64 to 1024."""
+def plan(method: str, outputs: int, h: int, d: int, count: int) -> Plan:
+    """The cheapest plan for each of `outputs` matrices, in FLOPs of a large product that take as long.
+
+    The factors were measured on one core at d from 64 to 512. What exceeds the operations of a step, 8 h d and 2 d^2,
+    is the price of products with few vectors.
+    """
     m, steps = subspace(count), 24 + 4 * count
     forming = 2 * h * d * d
     dense = forming + _decomposition(d)
     with_factors, with_q = steps * 10 * h * d, forming + steps * 20 * d * d
-    iterations = min(with_factors, with_q) + steps * 30 * m * d + steps // STEPS * _decomposition(m)
+    orthogonalising = steps * 30 * m * d
+    calls = steps * 20_000_000 // max(1, outputs)  # some 0.2 ms a step, which all matrices share
+    iterations = min(with_factors, with_q) + orthogonalising + calls + steps // STEPS * _decomposition(m)
     if method == "dense" or m >= d or (method == "auto" and dense <= iterations):
         return Plan(False, True, 4 * d * d + 1)
     form = with_q < with_factors
@@ -100,15 +106,16 @@ def solve(
 
 
 def _dense(q: Tensor, count: int, order: Order) -> Solution:
-    values, columns = torch.linalg.eigh(q)
-    values, index = _in_order(values, order)
+    values, columns = eigh(q)
+    index = order(values)
+    values = values.gather(1, index)
     vectors = columns.mT.gather(1, index[:, :count, None].expand(-1, -1, q.shape[2]))
     found = values.new_ones(len(q), dtype=torch.bool)
     return Solution(values[:, :count], vectors, found, largest(values), largest(values[:, count:]))
 
 
 def _iterative(operator: Operator, like: Tensor, count: int, order: Order, tol: float) -> Solution:
-    values, vectors, found, uncertain = lanczos(operator, like, count, order, tol)
+    values, vectors, uncertain, found = lanczos(operator, like, count, order, tol)
     beyond = values[:, count:].abs() + uncertain[:, count:]
     return Solution(values[:, :count], vectors[:, :count], found, largest(values), largest(beyond))
 
@@ -116,11 +123,6 @@ def _iterative(operator: Operator, like: Tensor, count: int, order: Order, tol: 
 def largest(values: Tensor) -> Tensor:
     """The largest magnitude of each row [K, m], 0 of an empty one."""
     return values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
-
-
-def _in_order(values: Tensor, order: Order) -> tuple[Tensor, Tensor]:
-    index = order(values)
-    return values.gather(1, index), index
 
 
 def extremes_first(values: Tensor, n: int, which: str) -> Tensor:

@@ -13,6 +13,7 @@ from bilinear_ops import _dispatch
 from bilinear_ops.analysis.eigen_gradient import differentiable
 from bilinear_ops.analysis.eigensolvers import Solution, compress, extremes_first, plan, solve
 from bilinear_ops.analysis.operators import product
+from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.composite.blocks import widen
 from bilinear_ops.interaction import check_layer
 from bilinear_ops.reference.interaction import Directions, coefficients
@@ -64,10 +65,12 @@ def interaction_eigh(
 
     Returns:
         `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. From the iterative method
-        `next_abs` is an estimate from above, by the pairs next to those returned.
+        `next_abs` is an estimate from above, by the pairs next to those returned. A matrix that is not finite has NaN
+        for eigenpairs, and did not converge.
 
     Raises:
-        RuntimeError: mismatched shapes, dtypes or devices.
+        RuntimeError: mismatched shapes, dtypes or devices; in backward, a gradient that does not exist, or
+            create_graph=True.
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown which or method; n, tol or chunk_bytes out of range.
         ModuleNotFoundError: progress without tqdm.
@@ -95,7 +98,7 @@ def interaction_eigh(
     with torch.no_grad():
         layer = compress(w, v, basis, count)
     h, d = layer.w.shape
-    way = plan(method, h, d, count)
+    way = plan(method, sizes["K"], h, d, count)
     parts = []
     for part in _chunks(c, max(1, chunk_bytes // (way.workspace * w.itemsize)), progress):
         with torch.no_grad():
@@ -124,17 +127,10 @@ def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tenso
 
 def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
     """The pairs with their residuals and derivatives, both of the layer as it was given, whatever was solved."""
-    values, vectors = solution.values, _with_signs(solution.vectors)
+    values, vectors = solution.values, fix_signs(solution.vectors)
     products = multiply(vectors)
     residuals = (products.detach() - values.unsqueeze(2) * vectors).norm(dim=2)
     converged = solution.found & (residuals <= tol * solution.largest.unsqueeze(1)).all(1)
     if products.requires_grad:
         values, vectors = differentiable(products, values, vectors, multiply)
     return EigenPairs(values, vectors, residuals, converged, solution.next_abs)
-
-
-def _with_signs(vectors: Tensor) -> Tensor:
-    if not vectors.numel():
-        return vectors
-    peak = vectors.abs().argmax(2, keepdim=True)
-    return vectors * vectors.gather(2, peak).sign()

@@ -52,9 +52,10 @@ def interaction_backward(
     if w.numel() == 0:
         dw, dv, dc, du = (torch.zeros_like(w if t is None else t) for t in (w, v, c, u))
     elif u is None and dq.shape[0] <= LOOP_MAX:
-        dw, dv, dc, du = _one_by_one_backward(dq, w, v, c, u)
+        dw, dv, dc = _one_by_one_backward(dq, w, v, c, need)
+        du = dc.new_empty(0)
     else:
-        dw, dv, dc, du = _by_pairs_backward(dq, w, v, c, u)
+        dw, dv, dc, du = _by_pairs_backward(dq, w, v, c, u, need)
     if factors is not None:
         dc, du = factors[0].t() @ dc, dc @ factors[1].t()
     dw, dv, dc, du = (
@@ -114,8 +115,9 @@ def _one_by_one(w: Tensor, v: Tensor, c: Tensor, q: Tensor) -> None:
                 chunk[:, a:b] = full[:, i, i:]
 
 
-def _one_by_one_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
+def _one_by_one_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, need: list[bool]) -> tuple[Tensor, ...]:
     """From G_k = sym(dQ_k): dC_k = sum_i W_i (V G_k)_i, dW += c_k * (V G_k), dV += c_k * (W G_k)."""
+    need_w, need_v, need_c = need[0], need[1], any(need[2:])
     d = w.shape[1]
     dw, dv, dc = torch.zeros_like(w), torch.zeros_like(v), torch.zeros_like(c)
     group = max(1, c.shape[0]) if dq.dim() == 3 else _packing_group(d)
@@ -127,11 +129,13 @@ def _one_by_one_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor 
                 full[:, i, i:] = chunk[:, a:b]
         for k, g in enumerate(full, start):
             g = (0.5 * (g + g.t())).to(w.dtype)
-            vg, wg = v @ g, w @ g
-            torch.sum(w * vg, 1, out=dc[k])
-            dw.addcmul_(vg, c[k].unsqueeze(1))
-            dv.addcmul_(wg, c[k].unsqueeze(1))
-    return dw, dv, dc, dc.new_empty(0)
+            if need_w or need_c:
+                vg = v @ g
+                torch.sum(w * vg, 1, out=dc[k])
+                dw.addcmul_(vg, c[k].unsqueeze(1))
+            if need_v:
+                dv.addcmul_(w @ g, c[k].unsqueeze(1))
+    return dw, dv, dc
 
 
 def _packing_group(d: int) -> int:
@@ -155,15 +159,19 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
 def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tuple[int, int, int, int, Tensor]]:
     """(first and last direction, first row and column, their entries [k, i, j]) tile by tile of `pair_tiles`.
 
-    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit.
+    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit. The entries are
+    overwritten by the next: memory taken and given back for each tile would scatter over an allocator's heap.
     """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
-    space = _space(w)
+    outputs, (rows, columns) = (c if u is None else u).shape[0], tile_shape(w)
+    space, product = _space(w), w.new_empty(min(rows * columns * outputs, max(rows * columns, PRODUCT)))
     for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, space)
         left, right = (c, s.t()) if u is None else (u, c @ s.t())
-        for a, b in blocks(left.shape[0], s.shape[0], PRODUCT):
-            yield a, b, i0, j0, (left[a:b] @ right).unflatten(1, (i1 - i0, j1 - j0))
+        for a, b in blocks(outputs, s.shape[0], PRODUCT):
+            entries = product[: (b - a) * s.shape[0]].view(b - a, -1)
+            torch.mm(left[a:b], right, out=entries)
+            yield a, b, i0, j0, entries.unflatten(1, (i1 - i0, j1 - j0))
 
 
 def _space(w: Tensor) -> Tensor:
@@ -216,9 +224,12 @@ def _load(dq: Tensor, i0: int, i1: int, j0: int, j1: int, d: int) -> Tensor:
     return g.flatten(1)
 
 
-def _by_pairs_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
+def _by_pairs_backward(
+    dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool]
+) -> tuple[Tensor, ...]:
     """From the gradient g [K, ij] of the pairs: dC = g S^T, dS = C^T g, and dS's product rule in W and V."""
     h, d = w.shape
+    need_weights, need_c = need[0] or need[1], any(need[2:])
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()
     dwt, dvt, dc = torch.zeros_like(wt), torch.zeros_like(vt), torch.zeros_like(c)
     du = dc.new_empty(0) if u is None else torch.zeros_like(u)
@@ -232,15 +243,19 @@ def _by_pairs_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | 
             stage, dstage = s @ c.t(), s.new_zeros(s.shape[0], c.shape[0])  # [pairs, o]
         for a, b in blocks(dq.shape[0], s.shape[0], PRODUCT):
             g = _load(dq[a:b], i0, i1, j0, j1, d).to(s.dtype)
-            if u is None:
-                dc[a:b].addmm_(g, s)
-                ds.addmm_(g.t(), c[a:b])
-            else:
+            if u is not None:
                 du[a:b].addmm_(g, stage)
                 dstage.addmm_(g.t(), u[a:b])
+                continue
+            if need_c:
+                dc[a:b].addmm_(g, s)
+            if need_weights:
+                ds.addmm_(g.t(), c[a:b])
         if u is not None:
             dc.addmm_(dstage.t(), s)
             torch.mm(dstage, c, out=ds)
+        if not need_weights:
+            continue
         ds = ds.view(i1 - i0, j1 - j0, h)
         dwt[i0:i1] += (ds * vt[j0:j1]).sum(1)
         dvt[i0:i1] += (ds * wt[j0:j1]).sum(1)

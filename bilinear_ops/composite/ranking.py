@@ -53,12 +53,15 @@ def interaction_topk(
     per_output = scope == "output"
     factor = 2.0 if score in ("cross", "pair") else 1.0
     chosen = [] if per_output else [_Best(n, 1, features, w)]
+    space = w.new_empty(0)
     for group, tiles in _score_tiles(w, v, c, u, basis, score, matrices):
         if per_output:
             chosen.append(_Best(n, group, features, w))
         for tile in tiles:
             scale = None if weight is None else _weight_tile(weight, tile, score)
-            values, rank = _rank(tile, scale, score)
+            if space.numel() < tile.entries.numel():
+                space = w.new_empty(tile.entries.numel())
+            values, rank = _rank(tile, scale, score, space)
             chosen[-1].add(tile._replace(entries=values), rank, score == "self")
         chosen[-1].merge()
     values = torch.cat([best.values for best in chosen]) if chosen else w.new_empty(0)
@@ -145,10 +148,14 @@ def _score_tiles(
                 yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
 
 
-def _rank(tile: _Tile, weight: Tensor | None, score: str) -> tuple[Tensor, Tensor]:
-    """A tile's values, up to the common factor, and their ranks, -1 where there is no candidate."""
+def _rank(tile: _Tile, weight: Tensor | None, score: str, space: Tensor) -> tuple[Tensor, Tensor]:
+    """A tile's values, up to the common factor, and in `space` their ranks, -1 where there is no candidate."""
     values, rows = tile.entries, tile.entries.shape[1]
-    rank = values.abs() if weight is None else (values * weight).abs_()
+    rank = space[: values.numel()].view(values.shape)
+    if weight is None:
+        torch.abs(values, out=rank)
+    else:
+        torch.mul(values, weight, out=rank).abs_()
     corner = tile.r - tile.s  # where the diagonal begins
     if score == "self" or corner < 0:
         return values, rank

@@ -19,10 +19,17 @@ REDUCTIONS = ("sum", "cumsum", "none")
 
 
 class Directions(NamedTuple):
-    """Stands for the coefficients c = u p [K, h] wherever an op takes c, with the low-rank factors kept apart."""
+    """Stands for the coefficients c = u p `[K, h]` wherever an op takes c, with the low-rank factors kept apart.
 
-    u: Tensor  # [K, o]
-    p: Tensor  # [o, h]
+    Both factors get gradients.
+
+    Args:
+        u: `[K, o]` output directions, a row each.
+        p: `[o, h]` down-projection.
+    """
+
+    u: Tensor
+    p: Tensor
 
 
 class TopInteractions(NamedTuple):

@@ -1,0 +1,105 @@
+"""Higher-order singular values of a bilinear layer's tensor, from inner products of its neurons (docs/math.md 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch
+from bilinear_ops.composite.blocks import recompute
+from bilinear_ops.forms import neuron_gram
+
+MODES = ("output", "input")
+TILE = 512  # neurons on each side of a tile of the Gram matrices
+CONDITION = 1e-4  # of the singular values, below which squaring them loses too many of float64's digits
+
+
+class HOSVD(NamedTuple):
+    """The strongest output (or input) directions of B, as columns, with their singular values in falling order."""
+
+    U: Tensor  # [o, rank], or [d, rank] in input mode
+    S: Tensor  # [rank]
+    norm: Tensor  # 0-dim: |B|, so that 1 - sum S^2 / norm^2 is the share of |B|^2 that the rank leaves out
+
+
+def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -> HOSVD:
+    """The leading singular vectors of B flattened to `[o, d^2]`, or in input mode to `[d, o d]` ([P] 3.3).
+
+    In output mode, `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal, of norms S. B is never formed: the
+    work is about 3 h^2 d multiplications in float64. Output mode keeps singular values down to 1e-8 of the largest
+    to 1e-6 of themselves, unless neurons are dead or copies of each other; then, and in input mode, down to 1e-5.
+
+    Args:
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
+        rank: how many, at most min(o, h), or d in input mode.
+        mode: "output" or "input".
+
+    Returns:
+        `HOSVD(U, S, norm)` in w's dtype, float32 for half precision. The largest component of a column of U is
+        positive. Differentiable where no two singular values are equal.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: unknown mode, or a rank out of range.
+    """
+    sizes = _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    most = min(sizes["o"], sizes["h"]) if mode == "output" else sizes["d"]
+    if not 0 <= rank <= most:
+        raise ValueError(f"rank must be between 0 and {most} in {mode} mode, got {rank}")
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    w, v, p = w.double(), v.double(), p.double()
+    gram = _output_gram(w, v, p) if mode == "output" else _input_gram(w, v, p)
+    squares, vectors = torch.linalg.eigh(gram)
+    u, s = vectors.flip(1)[:, :rank], squares.flip(0)[:rank].clamp_min(0).sqrt()
+    if mode == "output" and rank and s[-1] < CONDITION * s[0]:
+        factor, failed = torch.linalg.cholesky_ex(neuron_gram(w, v))
+        if not failed:  # the Gram matrix of dead or equal neurons has no Cholesky factor
+            u, s, _ = torch.linalg.svd(p @ factor, full_matrices=False)
+            u, s = u[:, :rank], s[:rank]
+    norm = gram.diagonal().sum().sqrt()
+    return HOSVD(fix_signs(u.mT).mT.to(dtype), s.to(dtype), norm.to(dtype))
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Vectors `[..., d]`, each with the sign that makes its largest component positive."""
+    if not vectors.numel():
+        return vectors
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
+
+
+def _output_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """P Kern P^T [o, o], Kern being the neurons' Gram matrix; a pair of tiles and its mirror image are one product."""
+    tiles = list(zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True))
+    gram = p.new_zeros(p.shape[0], p.shape[0])
+    for i, (w1, v1, p1) in enumerate(tiles):
+        gram = gram + recompute(_output_tile, w1, v1, p1, w1, v1, p1)
+        for w2, v2, p2 in tiles[:i]:
+            tile = recompute(_output_tile, w1, v1, p1, w2, v2, p2)
+            gram = gram + tile + tile.t()
+    return gram
+
+
+def _output_tile(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:
+    return p1 @ neuron_gram(w1, v1, w2, v2) @ p2.t()
+
+
+def _input_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """sum_oj B_oij B_oj'i [d, d], some neurons against all others at a time."""
+    gram = w.new_zeros(w.shape[1], w.shape[1])
+    for w1, v1, p1 in zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True):
+        gram = gram + recompute(_input_tile, w1, v1, p1, w, v, p)
+    return gram
+
+
+def _input_tile(w1: Tensor, v1: Tensor, p1: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """1/4 {W1^T [(N * V1 V^T) W + (N * V1 W^T) V] + V1^T [(N * W1 W^T) V + (N * W1 V^T) W]} with N = P1^T P."""
+    n = 0.25 * (p1.t() @ p)
+    of_w = (n * (v1 @ v.t())) @ w + (n * (v1 @ w.t())) @ v
+    of_v = (n * (w1 @ w.t())) @ v + (n * (w1 @ v.t())) @ w
+    return w1.t() @ of_w + v1.t() @ of_v

@@ -1,0 +1,191 @@
+"""Layers cut down to their leading eigenvectors, and how well these do the layer's work ([P] 4.2, 5, App. I)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _dispatch
+from bilinear_ops.analysis.layers import reexpress
+from bilinear_ops.analysis.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.composite.blocks import blocks
+from bilinear_ops.entries import check_index
+from bilinear_ops.forms import eigen_form, neuron_gram
+from bilinear_ops.reference.interaction import Directions
+
+
+class QuadraticLayer(NamedTuple):
+    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2, without `outputs` one direction an output."""
+
+    values: Tensor  # [K, r]
+    vectors: Tensor  # [K, r, d]
+    outputs: Tensor | None = None  # [o, K]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., d]` to `[..., o]`."""
+        y = eigen_form(x, self.values, self.vectors)
+        return y if self.outputs is None else y @ self.outputs.t()
+
+
+def truncate(
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    n: int,
+    *,
+    directions: Tensor | None = None,
+    which: str = "abs",
+    refit: bool = False,
+) -> QuadraticLayer:
+    """A bilinear layer cut down to n eigenvectors of each output direction ([P] eq. 3, App. I).
+
+    Args:
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, a layer without biases.
+        n, which: how many and which eigenvectors, as for `interaction_eigh`.
+        directions: `[K, o]`, rows; the outputs themselves for None.
+        refit: give every eigenvector the output vector with which all together are nearest to the layer's tensor, by
+            least squares, rather than its eigenvalue times its direction's dual vector. Never further from it.
+
+    Returns:
+        `QuadraticLayer`: K directions with n terms each; refitted, K n directions with one.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: unknown which, n out of range; without refit, directions as `reexpress` refuses them.
+    """
+    _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
+    pairs = interaction_eigh(w, v, p if directions is None else Directions(directions, p), n, which=which)
+    if refit:
+        vectors = pairs.vectors.flatten(0, 1)
+        outputs = _nearest(w, v, p, vectors)
+        return QuadraticLayer(vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), outputs)
+    if directions is None:
+        return QuadraticLayer(pairs.values, pairs.vectors)
+    outputs = reexpress(w, v, p, directions).outputs.t()
+    return QuadraticLayer(pairs.values, pairs.vectors, outputs.to(p.dtype))
+
+
+def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
+    """Output vectors [o, R] that minimise |B - sum_r outputs_r (x) v_r v_r^T| for unit vectors [R, d]."""
+    dtype = p.dtype
+    w, v, p, vectors = (t.double() for t in (w, v, p, vectors))
+    against = p @ neuron_gram(w, v, vectors, vectors)  # [o, R]: inner products with the layer's tensor
+    gram = (vectors @ vectors.t()).square()
+    inverse = torch.linalg.pinv(gram, hermitian=True)
+    outputs = against @ inverse
+    return (outputs + (against - outputs @ gram) @ inverse).to(dtype)  # one refinement: the Gram squares a condition
+
+
+class TruncationCorrelation(NamedTuple):
+    """Pearson correlations of truncated forms with what they stand for, by number of eigenvectors."""
+
+    corr: Tensor  # [K, n]: with the first 1, ..., n eigenvectors; NaN where either does not vary
+    count: Tensor  # type: ignore[assignment]  # [K], int64: over how many tokens; hides tuple.count
+
+
+@torch.no_grad()
+def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Tensor) -> TruncationCorrelation:
+    """How well eigenvectors follow sparse activations, over the tokens where these are active ([P] section 5).
+
+    Every number of eigenvectors in one pass, with running sums per output. Not differentiable.
+
+    Args:
+        x: `[T, d]` inputs of the layer.
+        eig: eigenpairs of K output directions.
+        indices, acts: `[T, b]` active directions of each token, int64, and their activations (SAE TopK layout).
+
+    Returns:
+        `TruncationCorrelation(corr, count)`.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
+        IndexError: an index out of range.
+    """
+    sizes = _dispatch.check(
+        x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b")
+    )
+    check_index("indices", indices, sizes["K"], tuple(acts.shape), x)
+    k = indices.flatten()
+    t = torch.arange(len(x), device=x.device).repeat_interleave(acts.shape[1])
+    sums = _Sums(sizes["K"], sizes["n"], x.device)
+    for a, b in blocks(len(k), sizes["n"]):
+        forms = eigen_form(x, eig.values, eig.vectors, pairs=(t[a:b], k[a:b]), reduce="cumsum")
+        sums.add(k[a:b], forms, acts.flatten()[a:b])
+    return sums.correlation(acts.dtype)
+
+
+@torch.no_grad()
+def truncation_curve(
+    x: Tensor, eig: EigenPairs, target: Tensor, *, active_only: bool = False
+) -> Tensor | TruncationCorrelation:
+    """How well a layer cut down to its first 1, ..., n eigenvectors does, every number in one pass ([P] 4.2, 5).
+
+    Not differentiable.
+
+    Args:
+        x: `[T, d]` inputs of the layer.
+        eig: eigenpairs of K output directions.
+        target: `[T]` int64 classes, one of K for every token; or `[T, K]` what the directions are to follow.
+        active_only: of a target `[T, K]`, only where it is not 0.
+
+    Returns:
+        accuracies `[n]` of the largest of the K outputs, for classes; else `TruncationCorrelation`.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor, or a target that is neither that nor int64.
+        IndexError: a class out of range.
+        ValueError: active_only with classes.
+    """
+    sizes = _dispatch.check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
+    outputs, n = sizes["K"], sizes["n"]
+    classes = isinstance(target, Tensor) and target.dtype == torch.int64
+    if classes:
+        check_index("target", target, outputs, (len(x),), x)
+        if active_only:
+            raise ValueError("active_only needs a target [T, K], got classes")
+    else:
+        _dispatch.check(x=(x, "T d"), values=(eig.values, "K n"), target=(target, "T K"))
+    right = torch.zeros(n, dtype=torch.int64, device=x.device)
+    sums = _Sums(outputs, n, x.device)
+    for a, b in blocks(len(x), outputs * n):
+        forms = eigen_form(x[a:b], eig.values, eig.vectors, reduce="cumsum")  # [t, K, n]
+        if classes:
+            right += (forms.argmax(1) == target[a:b, None]).sum(0)
+            continue
+        wanted = target[a:b] != 0 if active_only else torch.ones_like(target[a:b], dtype=torch.bool)
+        sums.add(wanted.nonzero()[:, 1], forms[wanted], target[a:b][wanted])
+    return right / len(x) if classes else sums.correlation(target.dtype)
+
+
+class _Sums:
+    """First and second moments of pairs (form, act), per output and number of eigenvectors."""
+
+    def __init__(self, outputs: int, n: int, device: torch.device) -> None:
+        self.count = torch.zeros(outputs, dtype=torch.int64, device=device)
+        self.act = torch.zeros(outputs, 2, dtype=torch.float64, device=device)  # a, a^2
+        self.form = torch.zeros(outputs, n, 3, dtype=torch.float64, device=device)  # f, f^2, f a
+
+    def add(self, k: Tensor, forms: Tensor, acts: Tensor) -> None:
+        """Outputs k [N], forms [N, n] and acts [N]."""
+        f, a = forms.double(), acts.double()
+        # accumulating puts have one order of summation on every device
+        self.count.index_put_((k,), torch.ones_like(k), accumulate=True)
+        self.act.index_put_((k,), torch.stack([a, a * a], 1), accumulate=True)
+        self.form.index_put_((k,), torch.stack([f, f * f, f * a[:, None]], 2), accumulate=True)
+
+    def correlation(self, dtype: torch.dtype) -> TruncationCorrelation:
+        act, act2 = (self.act / self.count[:, None]).unsqueeze(1).unbind(2)  # [K, 1]
+        form, form2, cross = (self.form / self.count[:, None, None]).unbind(2)
+        spread = _variance(act, act2) * _variance(form, form2)
+        return TruncationCorrelation(((cross - form * act) / spread.sqrt()).to(dtype), self.count)
+
+
+def _variance(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """NaN where it is no more than the rounding errors of its terms."""
+    variance = mean_square - mean * mean
+    return torch.where(variance > 1e-12 * mean_square, variance, torch.nan)

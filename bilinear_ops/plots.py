@@ -1,0 +1,252 @@
+"""Figures of interaction matrices and their eigenvectors: tensors in, a `matplotlib.figure.Figure` out.
+
+Nothing global is touched, and the caller saves or shows: `plots.spectrum(values).savefig("spectrum.png")`. Colours can
+be told apart by the colour-blind; what has a sign is drawn on a diverging map (blue is positive) centred at zero. Each
+function needs matplotlib, and raises ModuleNotFoundError without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bilinear_ops import _dispatch
+
+Figure = Any  # matplotlib.figure.Figure, which only a call imports
+
+SIGNED = "RdBu"
+MAGNITUDE = "cividis"
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = "osD^v<>"
+LABELLED = 40  # rows of a heat map: more names than that cannot be read
+
+
+def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
+    """Eigenvalues from the largest to the smallest, one line for each output ([P] 4.1).
+
+    Args:
+        values: `[K, n]`, in any order.
+        labels: names of the K outputs.
+
+    Raises:
+        RuntimeError: values are not two-dimensional.
+        TypeError: values are not a floating-point tensor.
+        ValueError: another number of labels.
+    """
+    sizes = _dispatch.check(values=(values, "K n"))
+    figure = _figure(6, 3.6)
+    axes = figure.subplots()
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    _lines(axes, values.sort(dim=1, descending=True).values, _names(labels, sizes["K"]))
+    axes.set(xlabel="eigenvector, from the most positive to the most negative", ylabel="eigenvalue")
+    return figure
+
+
+def eigenvectors(
+    vectors: Tensor,
+    shape: tuple[int, int],
+    *,
+    values: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+) -> Figure:
+    """Eigenvectors as images, one row for each output ([P] 4.1); each on its own scale, white at zero.
+
+    Args:
+        vectors: `[K, n, d]`.
+        shape: height and width of an image, d pixels in all.
+        values: `[K, n]`, written above the images.
+        labels: names of the K outputs.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or images of another size than d.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: another number of labels.
+    """
+    sizes = _dispatch.check(vectors=(vectors, "K n d"), values=(values, "? K n"))
+    rows, columns = sizes["K"], sizes["n"]
+    if sizes["d"] != math.prod(shape):
+        expected = f"[K, n, {math.prod(shape)}] for images of {shape[0]} x {shape[1]}"
+        raise RuntimeError(f"vectors must have shape {expected}, got {list(vectors.shape)}")
+    names = _names(labels, rows)
+    figure = _figure(0.9 * columns + 0.5, (0.9 if values is None else 1.1) * rows + 0.1)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for k, i in itertools.product(range(rows), range(columns)):
+        axes = grid[k, i]
+        _signed_image(axes, vectors[k, i].reshape(shape))
+        axes.set(xticks=[], yticks=[])
+        if values is not None:
+            axes.set_title(f"{values[k, i].item():+.2f}", fontsize=7, pad=2)
+        if i == 0 and names:
+            axes.set_ylabel(names[k], rotation=0, ha="right", va="center")
+    return figure
+
+
+def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: int | None = None) -> Figure:
+    """A heat map of one interaction matrix, white at zero ([P] section 5).
+
+    Args:
+        q: `[F, F]`, symmetric: of all inputs, or of some features.
+        labels: names of the F rows, written where there are at most 40.
+        clusters: reorder the rows and columns so that those that interact alike lie together (average linkage by the
+            cosine of rows), and draw lines between that many clusters; None leaves the order as it is.
+
+    Raises:
+        RuntimeError: q is not square.
+        TypeError: q is not a floating-point tensor.
+        ValueError: another number of labels, or clusters not from 1 to F.
+    """
+    size = _dispatch.check(q=(q, "F F"))["F"]
+    names = _names(labels, size)
+    order, edges = list(range(size)), list[int]()
+    if clusters is not None:
+        groups = cluster(q, clusters)
+        order = [i for group in groups for i in group]
+        edges = list(itertools.accumulate(len(group) for group in groups[:-1]))
+    figure = _figure(5.6, 4.8)
+    axes = figure.subplots()
+    figure.colorbar(_signed_image(axes, q[order][:, order]), shrink=0.8)
+    for edge in edges:
+        axes.axhline(edge - 0.5, color="black", linewidth=0.8)
+        axes.axvline(edge - 0.5, color="black", linewidth=0.8)
+    if names and size <= LABELLED:
+        shown = [names[i] for i in order]
+        axes.set_xticks(range(size), shown, rotation=90, fontsize=7)
+        axes.set_yticks(range(size), shown, fontsize=7)
+    return figure
+
+
+def cluster(q: Tensor, clusters: int) -> list[list[int]]:
+    """The rows of a symmetric matrix in groups that interact alike: average linkage by the cosine of rows.
+
+    Args:
+        q: `[F, F]`.
+        clusters: how many groups, from 1 to F.
+
+    Returns:
+        The indices of each group; neighbours, within a group and from one to the next, were joined early.
+
+    Raises:
+        RuntimeError: q is not square.
+        TypeError: q is not a floating-point tensor.
+        ValueError: clusters out of range.
+    """
+    size = _dispatch.check(q=(q, "F F"))["F"]
+    if not 1 <= clusters <= size:
+        raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
+    rows = normalize(q.detach().double(), dim=1)
+    similarity = (rows @ rows.t()).fill_diagonal_(-math.inf)
+    groups = {i: [i] for i in range(size)}
+    found = [*groups.values()]
+    while len(groups) > 1:
+        a, b = divmod(int(similarity.argmax()), size)
+        joined = (len(groups[a]) * similarity[a] + len(groups[b]) * similarity[b]) / len(groups[a] + groups[b])
+        similarity[a] = similarity[:, a] = joined
+        similarity[a, a] = similarity[b] = similarity[:, b] = -math.inf
+        groups[a] = groups[a] + groups.pop(b)
+        if len(groups) == clusters:
+            found = [*groups.values()]
+    (order,) = groups.values()
+    return sorted(found, key=lambda group: order.index(group[0]))
+
+
+def truncation(
+    scores: Tensor,
+    *,
+    labels: Sequence[str] | None = None,
+    full: Tensor | None = None,
+    ylabel: str = "accuracy",
+) -> Figure:
+    """What is left of a layer truncated to its strongest eigenvectors, by how many are kept ([P] 4.2).
+
+    Args:
+        scores: `[M, n]`: of M layers, with 1 to n eigenvectors kept.
+        labels: names of the M lines.
+        full: `[M]`, the scores of the layers before truncation, drawn dashed.
+        ylabel: what a score is.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: another number of labels.
+    """
+    sizes = _dispatch.check(scores=(scores, "M n"), full=(full, "? M"))
+    figure = _figure(6, 3.6)
+    axes = figure.subplots()
+    lines = _lines(axes, scores, _names(labels, sizes["M"]))
+    if full is not None:
+        for line, level in zip(lines, full.tolist(), strict=True):
+            axes.axhline(level, color=line.get_color(), linewidth=0.8, linestyle="--")
+    axes.set(xlabel="eigenvectors kept for each output", ylabel=ylabel)
+    return figure
+
+
+def similarity(first: Tensor, second: Tensor) -> Figure:
+    """|cos| between the eigenvectors of two runs, averaged over the outputs ([P] 4.2).
+
+    Args:
+        first, second: `[K, n, d]` and `[K, m, d]`; for more than two runs, pairs of runs one after another along K.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    sizes = _dispatch.check(first=(first, "K n d"), second=(second, "K m d"))
+    cosines = (normalize(first, dim=2) @ normalize(second, dim=2).mT).abs().mean(0)
+    figure = _figure(0.5 * sizes["m"] + 2.2, 0.5 * sizes["n"] + 1)
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(_array(cosines), cmap=MAGNITUDE, vmin=0, vmax=1), label="mean |cos|")
+    for (i, j), cosine in zip(itertools.product(range(sizes["n"]), range(sizes["m"])), cosines.flatten(), strict=True):
+        axes.text(j, i, f"{cosine.item():.2f}", ha="center", va="center", fontsize=7, color=_ink(cosine))
+    axes.set_xticks(range(sizes["m"]), range(1, sizes["m"] + 1))
+    axes.set_yticks(range(sizes["n"]), range(1, sizes["n"] + 1))
+    axes.set(xlabel="eigenvector of the second run", ylabel="eigenvector of the first")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, its size in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('bilinear_ops.plots needs matplotlib: pip install "bilinear-ops[plots]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _signed_image(axes: Any, image: Tensor) -> Any:
+    limit = image.abs().max().item() or 1.0  # of a zero image: matplotlib wants a range
+    return axes.imshow(_array(image), cmap=SIGNED, vmin=-limit, vmax=limit)
+
+
+def _lines(axes: Any, curves: Tensor, names: Sequence[str]) -> list[Any]:
+    """One line for each row of `[M, n]` over 1 to n, told apart by colour and marker, with a legend if named."""
+    lines = []
+    for m, curve in enumerate(curves):
+        style = {"color": LINES[m % len(LINES)], "marker": MARKERS[m // len(LINES) % len(MARKERS)]}
+        name = names[m] if names else None
+        lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=3, linewidth=1.2, **style)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if names:
+        axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
+    return lines
+
+
+def _names(labels: Sequence[str] | None, count: int) -> list[str]:
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels must be {count} names, got {len(labels)}")
+    return list(labels or ())
+
+
+def _ink(level: Tensor) -> str:
+    """What can be read on that level of the magnitude map, which is dark below the middle."""
+    return "white" if level < 0.5 else "black"
+
+
+def _array(t: Tensor) -> Any:
+    """For matplotlib, which knows neither devices, gradients nor bfloat16."""
+    return t.detach().double().cpu().numpy()

@@ -1,0 +1,206 @@
+"""Which tile runs where measuring was asked for: the fastest candidate at first use, remembered in memory and on disk.
+
+Without BILINEAR_OPS_TUNE=1 (or `bilinear_ops.warmup(..., tune=True)`) nothing here is looked at and config.py's tables
+decide. A choice is a file of its own, named by a hash of all that it depends on: there is nothing to merge or migrate,
+and a file that cannot be read, or is not ours, is measured anew.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from bilinear_ops.kernels import config
+from bilinear_ops.kernels.config import Choice
+
+Key = tuple[tuple[str, object], ...]
+
+ROUNDS = 10  # of timing; each takes the candidates in turn, so that a slow spell hits them all
+FLUSH_BYTES = 256 << 20  # written before every timed run: more than any L2 cache holds
+
+_chosen: dict[Key, Choice] = {}
+_forced: dict[str, tuple[Choice, ...]] = {}
+_asked = 0  # how many `measuring` contexts are open
+
+
+def preferred(
+    kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Choice], object]
+) -> tuple[Choice, ...]:
+    """`tiles`, the table's choice, behind the one that was measured to be the fastest here, if any was.
+
+    `run` launches a tile and must leave the same results however often it is called. `shape` is all else the choice
+    may depend on, sizes that vary from call to call in `bucket`s. A CUDA graph that is being captured measures nothing:
+    it uses what is known by then.
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    measuring = _asked or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
+    if not (measuring or _chosen):
+        return tiles
+    key = _key(kernel, like, shape)
+    if key not in _chosen:
+        candidates = config.candidates(kernel, config.architecture(like.device), like.dtype, tiles)
+        if not measuring or _capturing(like) or len(candidates) == 1:
+            return tiles
+        _chosen[key] = _known_or_measured(key, candidates, run, like.device)
+    return (_chosen[key], *tiles)
+
+
+def bucket(n: int) -> int:
+    """The next power of two: sizes that share it share a choice."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Within, tiles are measured at first use, whatever BILINEAR_OPS_TUNE says; what is found holds afterwards."""
+    global _asked
+    _asked += 1
+    try:
+        yield
+    finally:
+        _asked -= 1
+
+
+@contextmanager
+def using(**tiles: Choice) -> Iterator[None]:
+    """Within, the named kernels run these tiles, whatever else was chosen: for benches, tests and static checks."""
+    before = dict(_forced)
+    _forced.update({kernel: (tile,) for kernel, tile in tiles.items()})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def folder() -> Path:
+    """Where choices are kept: BILINEAR_OPS_CACHE_DIR, else bilinear_ops/ in the user's cache."""
+    of_user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("BILINEAR_OPS_CACHE_DIR") or of_user / "bilinear_ops")
+
+
+def seconds(runs: dict[Choice, Callable[[], object]], device: torch.device) -> dict[Choice, float]:
+    """The median time of each run, compiled and warm, taken in turn; on a GPU by its own clock, L2 flushed."""
+    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
+    samples: dict[Choice, list[float]] = {tile: [] for tile in runs}
+    for _ in range(ROUNDS if device.type == "cuda" else 1):  # interpreted, time says nothing
+        for tile, run in runs.items():
+            samples[tile].append(clock(run))
+    return {tile: statistics.median(times) for tile, times in samples.items()}
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def clock(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # meanwhile the host gets ahead
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def _cpu_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _key(kernel: str, like: Tensor, shape: tuple[int, ...]) -> Key:
+    dtype = str(like.dtype).removeprefix("torch.")
+    return (
+        ("kernel", kernel),
+        ("shape", shape),
+        ("dtype", "tf32" if dtype == "float32" and config.tf32_allowed() else dtype),
+        ("device", _device_name(like.device)),
+        *_code(),
+    )
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def _code() -> Key:
+    """Versions, and a hash of the kernels: a choice made with others is not one."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    return (("torch", torch.__version__), ("triton", triton.__version__), ("kernels", sources.hexdigest()[:16]))
+
+
+def _known_or_measured(
+    key: Key, candidates: tuple[Choice, ...], run: Callable[[Choice], object], device: torch.device
+) -> Choice:
+    named = dict(key)
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    path = folder() / f"{named['kernel']}-{digest}.json"
+    by_name = {repr(tile): tile for tile in candidates}
+    name = _read(path, named)
+    if name in by_name:
+        return by_name[name]
+    times = _measured(candidates, run, device)
+    best = min(times, key=lambda tile: times[tile])
+    _write(path, {"key": named, "tile": repr(best), "seconds": {repr(t): s for t, s in times.items()}})
+    return best
+
+
+def _measured(
+    candidates: tuple[Choice, ...], run: Callable[[Choice], object], device: torch.device
+) -> dict[Choice, float]:
+    """Times of the candidates that run; the first error where none does."""
+    runs = {}
+    errors: list[Exception] = []
+    for tile in candidates:
+        try:
+            run(tile)  # compiles
+            runs[tile] = partial(run, tile)
+        except (TritonError, RuntimeError) as error:  # too large for the device, or for the compiler
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    return seconds(runs, device)
+
+
+def _read(path: Path, key: dict[str, Any]) -> str | None:
+    """The name of the choice that was kept under exactly this key."""
+    try:
+        found = json.loads(path.read_text())
+        return str(found["tile"]) if found["key"] == json.loads(json.dumps(key)) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # absent, cut off, or somebody else's
+        return None
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all, whoever else writes; a choice that cannot be kept is measured again by the next process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(found, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"the choice of a tile could not be kept: {error}", stacklevel=2)

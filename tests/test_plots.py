@@ -1,0 +1,159 @@
+"""Figures show what they are given: their data, scales and marks, read back from the drawing."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from bilinear_ops import plots
+from bilinear_ops.testing import randn
+
+pytest.importorskip("matplotlib")
+
+
+def curves(axes):
+    """The lines of an axes that are not drawn across it, `[M, n]`."""
+    return torch.stack([torch.as_tensor(line.get_ydata()) for line in axes.get_lines() if line.get_marker() != "None"])
+
+
+def levels(axes):
+    """The heights of the lines drawn across."""
+    return [line.get_ydata()[0] for line in axes.get_lines() if line.get_marker() == "None"]
+
+
+def names(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_spectrum():
+    values = randn(9, 5)
+    (axes,) = plots.spectrum(values, labels="abcdefghi").axes
+    torch.testing.assert_close(curves(axes), values.sort(dim=1, descending=True).values.double())
+    assert axes.get_lines()[1].get_xdata().tolist() == [1, 2, 3, 4, 5]
+    assert levels(axes) == [0], "zero is marked"
+    assert names(axes) == list("abcdefghi")
+    styles = {(line.get_color(), line.get_marker()) for line in axes.get_lines()[1:]}
+    assert len(styles) == 9, "every line can be told apart"
+
+
+def test_eigenvectors():
+    vectors, values = randn(3, 2, 12), randn(3, 2)
+    grid = plots.eigenvectors(vectors, (3, 4), values=values, labels=["p", "q", "r"]).axes
+    assert len(grid) == 6
+    for (k, i), axes in zip(itertools.product(range(3), range(2)), grid, strict=True):
+        (image,) = axes.get_images()
+        torch.testing.assert_close(torch.as_tensor(image.get_array().data), vectors[k, i].view(3, 4).double())
+        limit = vectors[k, i].abs().max().item()
+        assert image.get_clim() == (-limit, limit), "white is zero, the strongest pixel at an end"
+        assert axes.get_title() == f"{values[k, i]:+.2f}"
+    assert [axes.get_ylabel() for axes in grid] == ["p", "", "q", "", "r", ""]
+    red, blue = (image.to_rgba(torch.tensor([[level]]).numpy())[0, 0] for level in image.get_clim())
+    assert red[0] > red[2] and blue[2] > blue[0], "positive is blue"
+    assert image.to_rgba(torch.zeros(1, 1).numpy())[0, 0].min() > 0.95, "zero is white"
+
+
+def test_an_eigenvector_of_zeros_has_a_scale():
+    (axes,) = plots.eigenvectors(torch.zeros(1, 1, 4), (2, 2)).axes
+    assert axes.get_images()[0].get_clim() == (-1, 1)
+
+
+def planted(sizes):
+    """A matrix whose rows come in blocks of these sizes, shuffled; the block of each row."""
+    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    strength = randn(len(sizes), len(sizes))
+    noise = 0.05 * randn(len(block), len(block))
+    return (strength + strength.mT)[block][:, block] + noise + noise.mT, block
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3, 4), (2, 5, 1, 4)])
+def test_interactions_show_clusters(sizes):
+    q, block = planted(sizes)
+    groups = plots.cluster(q, len(sizes))
+    order = [i for group in groups for i in group]
+    assert sorted(order) == list(range(len(q)))
+    assert all(len(set(block[group].tolist())) == 1 for group in groups), "no block is torn or mixed"
+
+    figure = plots.interactions(q, labels=[str(i) for i in range(len(q))], clusters=len(sizes))
+    axes, _bar = figure.axes
+    (image,) = axes.get_images()
+    torch.testing.assert_close(torch.as_tensor(image.get_array().data), q[order][:, order].double())
+    assert image.get_clim() == (-q.abs().max().item(), q.abs().max().item())
+    assert [int(tick.get_text()) for tick in axes.get_yticklabels()] == order
+    edges = list(itertools.accumulate(map(len, groups)))[:-1]
+    assert [line.get_ydata()[0] for line in axes.get_lines()[::2]] == [edge - 0.5 for edge in edges]
+    assert [line.get_xdata()[0] for line in axes.get_lines()[1::2]] == [edge - 0.5 for edge in edges]
+
+
+def test_clusters_lie_beside_what_they_resemble():
+    """Cut finely, the groups of one coarse cluster are neighbours."""
+    q, block = planted((4, 6, 5))
+    order = [i for group in plots.cluster(q, len(q)) for i in group]
+    assert len(list(itertools.groupby(block[order].tolist()))) == 3
+
+
+def test_interactions_keep_their_order():
+    q = randn(50, 50)
+    axes, _bar = plots.interactions(q + q.mT, labels=["?"] * 50).axes
+    torch.testing.assert_close(torch.as_tensor(axes.get_images()[0].get_array().data), (q + q.mT).double())
+    assert not axes.get_lines()
+    assert "?" not in [tick.get_text() for tick in axes.get_yticklabels()], "fifty names could not be read"
+
+
+def test_truncation():
+    scores, full = torch.rand(2, 6), torch.rand(2)
+    (axes,) = plots.truncation(scores, labels=["a", "b"], full=full, ylabel="correlation").axes
+    torch.testing.assert_close(curves(axes), scores.double())
+    assert levels(axes) == full.tolist()
+    assert (axes.get_ylabel(), names(axes)) == ("correlation", ["a", "b"])
+    colours = [line.get_color() for line in axes.get_lines()]
+    assert colours[:2] == colours[2:], "a layer's level has its line's colour"
+
+
+def test_similarity():
+    first, second = randn(4, 3, 7), randn(4, 2, 7)
+    axes, _bar = plots.similarity(first, 5 * second).axes
+    expected = torch.nn.functional.cosine_similarity(first[:, :, None], second[:, None], dim=3).abs().mean(0)
+    (image,) = axes.get_images()
+    torch.testing.assert_close(torch.as_tensor(image.get_array().data), expected.double())
+    assert image.get_clim() == (0, 1)
+    assert [text.get_text() for text in axes.texts] == [f"{c:.2f}" for c in expected.flatten()]
+    itself, _bar = plots.similarity(first, -first).axes
+    torch.testing.assert_close(torch.as_tensor(itself.get_images()[0].get_array().data).diag(), torch.ones(3).double())
+
+
+def test_any_tensor_can_be_drawn():
+    values = randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    (axes,) = plots.spectrum(values).axes
+    assert curves(axes).shape == (2, 3) and axes.get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.spectrum(randn(3)), RuntimeError, r"values must have shape \[K, n\], got \[3\]"),
+        (lambda: plots.spectrum([1.0]), TypeError, "values must be a torch.Tensor, got list"),
+        (lambda: plots.spectrum(randn(2, 3), labels=["a"]), ValueError, "labels must be 2 names, got 1"),
+        (lambda: plots.eigenvectors(randn(1, 2, 9), (2, 4)), RuntimeError, r"\[K, n, 8\] for images of 2 x 4, got"),
+        (lambda: plots.interactions(randn(3, 4)), RuntimeError, r"q must have shape"),
+        (lambda: plots.interactions(randn(3, 3), clusters=4), ValueError, "clusters must be from 1 to 3, got 4"),
+        (lambda: plots.truncation(randn(2, 3), full=randn(3)), RuntimeError, r"full must have shape \[M=2\]"),
+        (lambda: plots.similarity(randn(2, 3, 4), randn(2, 3, 5)), RuntimeError, "second must have shape"),
+    ],
+)
+def test_errors(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "bilinear-ops\[plots\]"'):
+        plots.spectrum(randn(2, 3))
+
+
+def test_nothing_global_is_touched(monkeypatch):
+    """No figure is registered and no window could open: pyplot is not asked."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    plots.interactions(randn(2, 2), labels=["a", "b"])

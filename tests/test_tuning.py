@@ -1,0 +1,322 @@
+"""Tiles are measured when that was asked for, once, and remembered: with a fake clock, and kernels interpreted."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+import bilinear_ops as bo
+from bilinear_ops.kernels import config, tuning
+from bilinear_ops.testing import randn
+
+SMALL = (config.Tile(32, 32, 16, 4, 1), config.Tile(16, 64, 32, 4, 1), config.LIBRARY)
+ROWS = (config.RowTile(16, 32, 4), config.RowTile(32, 16, 4))
+CANDIDATES = {
+    **dict.fromkeys(config.CANDIDATES, ROWS),
+    "gate_forward": SMALL,
+    "gate_backward": SMALL,
+    "interaction": (config.PairTile(8, 16, 16, 16, 4, 1), config.Tile(16, 16, 16, 4, 1), config.LIBRARY),
+    "squared_difference": SMALL[:2],
+}
+
+
+def gated(impl="triton"):
+    x, w, v, p = randn(9, 16), randn(24, 16), randn(24, 16), randn(8, 24)
+    return bo.gated_mlp(*(t.requires_grad_() for t in (x, w, v, p)), activation="silu", impl=impl)
+
+
+def interaction(impl="triton"):
+    return bo.interaction_matrices(*(randn(*s, requires_grad=True) for s in ((7, 5), (7, 5), (3, 7))), impl=impl)
+
+
+def stochastic(impl="triton"):
+    tensors = (randn(*s, requires_grad=True) for s in ((9, 6), (6, 12), (12, 5), (9, 12)))
+    return bo.stochastic_rank1_linear(*tensors, samples=2, seed=3, impl=impl)
+
+
+def sparse(impl="triton"):
+    x, read, write = (randn(*s, requires_grad=True) for s in ((4, 6), (6, 400), (400, 5)))
+    indices = torch.arange(8).view(4, 2)
+    return bo.rank1_sparse(x, read, write, indices, randn(4, 2), impl=impl)
+
+
+def faithfulness(impl="triton"):
+    return bo.faithfulness_loss(*(randn(*s, requires_grad=True) for s in ((6, 7), (7, 4), (4, 6))), impl=impl)
+
+
+def uniform(impl="triton"):
+    return bo.stochastic_mask(torch.zeros(5, 6), samples=2, seed=1, impl=impl)
+
+
+KERNELS = {
+    gated: {"gate_forward", "gate_backward", "gate", "gate_backward_alone"},  # the last two within the library's choice
+    interaction: {"interaction"},
+    stochastic: {"mask", "mask_backward"},
+    sparse: {"sparse_dots", "sparse_sums"},
+    faithfulness: {"squared_difference"},
+    uniform: {"uniform"},
+}
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Tuning is on, its cache empty, and the `fastest` of the candidates is the one that is asked for."""
+
+    class Clock:
+        fastest = 0
+
+        def __init__(self):
+            self.measured = []
+
+        def __call__(self, runs, device):
+            self.measured.append(list(runs))
+            return {tile: abs(i - self.fastest) + 0.5 for i, tile in enumerate(runs)}
+
+        def forget(self):
+            """As in a new process."""
+            tuning._chosen.clear()
+            self.measured.clear()
+
+    clock = Clock()
+    monkeypatch.setenv("BILINEAR_OPS_TUNE", "1")
+    monkeypatch.setenv("BILINEAR_OPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "seconds", clock)
+    monkeypatch.setattr(config, "CANDIDATES", CANDIDATES)
+    monkeypatch.setattr(config, "tf32_allowed", lambda: True)  # else the gated layer's fp32 is the library's
+    return clock
+
+
+def found(call, impl="triton"):
+    """The result of a call on the same numbers, and of its gradients."""
+    torch.manual_seed(0)
+    y = call(impl)
+    if y.requires_grad:
+        y.square().mean().backward()
+    return y.detach()
+
+
+def kept(folder):
+    return {json.loads(path.read_text())["key"]["kernel"] for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("call", KERNELS)
+@pytest.mark.parametrize("fastest", (1, 3))
+def test_measured_once_and_right_whatever_is_fastest(call, fastest, clock, tmp_path):
+    clock.fastest = fastest
+    first = found(call)
+    torch.testing.assert_close(first, found(call, "torch"))
+    assert kept(tmp_path) == KERNELS[call] and clock.measured
+    chosen = dict(tuning._chosen)
+    for candidates, key in zip(clock.measured, chosen, strict=True):
+        assert key[0][0] == "kernel" and chosen[key] == candidates[min(fastest, len(candidates) - 1)]
+    clock.measured.clear()
+    assert torch.equal(found(call), first) and not clock.measured  # from memory
+    clock.forget()
+    assert torch.equal(found(call), first) and not clock.measured  # from the files
+    assert tuning._chosen.items() <= chosen.items()
+
+
+def test_table_decides_unless_asked(clock, tmp_path, monkeypatch):
+    clock.fastest = 3  # the library
+    found(gated)
+    before = sorted(tmp_path.iterdir())
+    clock.forget()
+    for value in ("", "0", "off", None):
+        monkeypatch.setenv("BILINEAR_OPS_TUNE", value) if value is not None else monkeypatch.delenv("BILINEAR_OPS_TUNE")
+        ran = []
+        original = config.everywhere
+        monkeypatch.setattr(config, "everywhere", lambda *a, ran=ran, original=original: ran.append(a) or original(*a))
+        found(gated)
+        assert not ran and not clock.measured and not tuning._chosen
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"",
+        b"{",
+        b"\xff\x00",
+        b"[]",
+        b"null",
+        b"3",
+        b"{}",
+        b"[" * 100_000,
+        b'{"key": 1, "tile": []}',
+        "foreign",
+        "unknown",
+    ),
+    ids=lambda c: repr(c[:12]),
+)
+def test_files_that_are_not_ours_are_measured_anew(content, clock, tmp_path):
+    expected = found(interaction)
+    (path,) = tmp_path.iterdir()
+    good = json.loads(path.read_text())
+    if content == "foreign":
+        content = json.dumps({**good, "key": {**good["key"], "device": "another"}}).encode()
+    elif content == "unknown":
+        content = json.dumps({**good, "tile": "Tile(1, 2, 3)"}).encode()
+    path.write_bytes(content)
+    clock.forget()
+    assert torch.equal(found(interaction), expected) and len(clock.measured) == 1
+    assert json.loads(path.read_text()) == good and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(clock, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BILINEAR_OPS_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        found(interaction)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found(interaction)
+    assert len(clock.measured) == 1
+
+
+def test_a_failed_write_leaves_what_was_there(clock, tmp_path, monkeypatch):
+    found(interaction)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    monkeypatch.setattr(tuning.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.warns(UserWarning, match="full"):
+        tuning._write(path, {"key": "other"})
+    assert path.read_bytes() == before
+
+
+def test_a_capture_measures_nothing(clock, monkeypatch):
+    with monkeypatch.context() as capture:
+        capture.setattr(tuning, "_capturing", lambda t: True)
+        found(gated)
+        assert not clock.measured and not tuning._chosen
+    clock.fastest = 1
+    expected = found(gated)
+    assert clock.measured
+    clock.measured.clear()
+    monkeypatch.setattr(tuning, "_capturing", lambda t: True)
+    assert torch.equal(found(gated), expected) and not clock.measured  # what is known is used
+
+
+def test_tracing_measures_nothing(clock):
+    class Layer(torch.nn.Module):
+        def forward(self, x, w):
+            return bo.gated_bilinear(x, w, w, impl="triton")
+
+    x, w = randn(9, 16), randn(24, 16)
+    torch.export.export(Layer(), (x, w))
+    traced = []
+    compiled = torch.compile(Layer(), fullgraph=True, backend=lambda gm, _: traced.append(len(clock.measured)) or gm)
+    compiled(x, w)
+    assert traced == [0] and clock.measured
+
+
+def test_a_tile_that_does_not_run_is_left_out(clock, monkeypatch):
+    def run(tile):
+        if tile in broken:
+            raise broken[tile]
+
+    tiles = tuple(config.Tile(n, n, 16, 4, 1) for n in (16, 32, 64))
+    monkeypatch.setitem(config.CANDIDATES, "gate_forward", ())
+    broken = {tiles[0]: OutOfResources(2, 1, "shared memory"), tiles[2]: RuntimeError("no register left")}
+    assert tuning.preferred("gate_forward", randn(2, 2), (1,), tiles, run)[0] == tiles[1]
+    assert clock.measured == [[tiles[1]]]
+    broken[tiles[1]] = RuntimeError("another")
+    with pytest.raises(OutOfResources):
+        tuning.preferred("gate_forward", randn(2, 2), (2,), tiles, run)
+
+
+def test_what_a_choice_depends_on(monkeypatch):
+    def key():
+        tuning._code.cache_clear()
+        return tuning._key("gate", t, (4, 8))
+
+    t = randn(2, 2)
+    keys = [
+        key(),
+        tuning._key("mask", t, (4, 8)),
+        tuning._key("gate", t, (8, 8)),
+        tuning._key("gate", t.half(), (4, 8)),
+    ]
+    with monkeypatch.context() as other:
+        other.setattr(config, "tf32_allowed", lambda: True)
+        keys.append(key())
+    for module in (torch, tuning.triton):
+        with monkeypatch.context() as other:
+            other.setattr(module, "__version__", "0")
+            keys.append(key())
+    with monkeypatch.context() as other:
+        other.setattr(tuning.Path, "read_bytes", lambda path: b"other kernels")
+        keys.append(key())
+    with monkeypatch.context() as other:
+        other.setattr(tuning, "_device_name", lambda device: "another")
+        keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+    assert [tuning.bucket(n) for n in (0, 1, 2, 3, 1000, 1024, 1025)] == [0, 1, 2, 4, 1024, 1024, 2048]
+
+
+@pytest.mark.parametrize("arch", config.SHARED_MEMORY)
+def test_candidates_begin_with_the_table(arch, monkeypatch):
+    half = torch.bfloat16
+    for kernel, choose in (("gate_forward", config.gated_forward), ("gate_backward", config.gated_backward)):
+        tiles = choose(arch, half, 4096, 1024, True)
+        found = config.candidates(kernel, arch, half, tiles)
+        assert found[: len(tiles)] == tiles and len(set(found)) == len(found) > len(tiles) and config.LIBRARY in found
+        assert config.candidates(kernel, arch, torch.float32, (None,)) == (None,)  # TF32 was not opted in to
+    assert set(config.EVERYWHERE) < set(config.CANDIDATES)
+    for kernel in config.EVERYWHERE:
+        assert config.candidates(kernel, arch, half, config.everywhere(kernel, arch))[0] is not None
+
+
+def test_the_clock_itself(monkeypatch):
+    ran = []
+    runs = {tile: lambda tile=tile: ran.append(tile) for tile in SMALL}
+    times = tuning.seconds(runs, torch.device("cpu"))
+    assert list(times) == ran == list(SMALL) and all(t >= 0 for t in times.values())
+
+
+def test_warmup_tunes_when_asked(clock, monkeypatch, tmp_path):
+    monkeypatch.delenv("BILINEAR_OPS_TUNE")
+    shapes = ((9, 16), (24, 16), (24, 16), (8, 24))
+    options = {"activation": "silu", "impl": "triton"}
+    state = torch.get_rng_state()
+    bo.warmup(bo.gated_mlp, *shapes, device="cpu", **options)
+    assert not clock.measured and not list(tmp_path.iterdir())
+    clock.fastest = 1
+    bo.warmup(bo.gated_mlp, *shapes, device="cpu", tune=True, backward=False, **options)
+    assert kept(tmp_path) == {"gate_forward", "gate"}
+    bo.warmup(bo.gated_mlp, *shapes, device="cpu", tune=True, **options)
+    assert kept(tmp_path) == KERNELS[gated] and torch.equal(torch.get_rng_state(), state)
+    clock.measured.clear()
+    assert found(gated) is not None and not clock.measured  # what was measured holds
+    assert {dict(key)["kernel"]: tile for key, tile in tuning._chosen.items()}["gate_forward"] == SMALL[0]
+
+
+def test_warmup_takes_what_ops_take(clock):
+    bo.warmup(bo.interaction_matrices, (7, 5), (7, 5), bo.Directions((3, 4), (4, 7)), device="cpu", impl="triton")
+    bo.warmup(bo.interaction_moments, (7, 5), (7, 5), (3, 7), device="cpu")
+    indices = torch.arange(8).view(4, 2)
+    bo.warmup(bo.rank1_sparse, (4, 6), (6, 400), (400, 5), indices, (4, 2), bias=(5,), device="cpu", dtype=torch.half)
+    with pytest.raises(RuntimeError, match=r"w must have shape"):
+        bo.warmup(bo.gated_bilinear, (4, 6), (3,), (3,), device="cpu")
+
+
+def test_warmup_refuses_to_tune_where_kernels_cannot_run(monkeypatch):
+    with pytest.raises(RuntimeError, match="tune=True cannot run: float64 has no kernels"):
+        bo.warmup(bo.gated_bilinear, (4, 6), (3, 6), (3, 6), dtype=torch.float64, device="cpu", tune=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="CPU tensors need TRITON_INTERPRET=1"):
+        bo.warmup(bo.gated_bilinear, (4, 6), (3, 6), (3, 6), device="cpu", tune=True)
+
+
+def test_the_report_says_where(clock, tmp_path):
+    from bilinear_ops import environment
+
+    found = environment.report()
+    assert found["caches"]["tiles"] == str(tmp_path)
+    assert found["environment"]["BILINEAR_OPS_TUNE"] == "1"
+    assert f"tiles   {tmp_path}" in environment.text(found)
