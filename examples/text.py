@@ -20,7 +20,7 @@ from text_sae import Codes, TopKSAE
 from torch import Tensor
 
 import bilinear_ops as bo
-from bilinear_ops.analysis import interaction_eigh
+from bilinear_ops.analysis import interaction_eigh, truncation_correlation
 
 RANKS = (1, 2, 4, 8)  # of the truncations reported
 PAIRS = 15  # of input features, to explain an output feature by
@@ -117,9 +117,8 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
         for data, active in zip((train.x, train.y), sizes.active, strict=True)
     )
     features = Features(model.mlp, inputs, outputs)
-    print(
-        f"TopK autoencoders, {sizes.features} features: {sizes.active[0]} active in, {sizes.active[1]} out of the MLP"
-    )
+    active = "{} active at the MLP's input, {} at its output".format(*sizes.active)
+    print(f"TopK autoencoders of {sizes.features} features: {active}")
     missed = text_sae.unexplained(inputs, test.x), text_sae.unexplained(outputs, test.y)
     print(f"  held-out variance unexplained: input {missed[0]:.1%}, output {missed[1]:.1%}")
 
@@ -162,9 +161,9 @@ def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, activ
     """How well each direction's top eigenvectors alone follow its activation, at RANKS ([P] section 5)."""
     pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
-    at = torch.arange(len(test.x)).repeat_interleave(active), codes.indices.flatten()
-    sums = bo.eigen_form(test.x, pairs.values, pairs.vectors, pairs=at, reduce="cumsum")  # [N a, max(RANKS)]
-    return tuple(mean(correlations(codes, sums[:, rank - 1], len(directions))) for rank in RANKS)
+    found = truncation_correlation(test.x, pairs, codes.indices, codes.acts)
+    by_rank = found.corr[found.count >= ENOUGH].mean(0)  # [max(RANKS)]
+    return tuple(by_rank[rank - 1].item() for rank in RANKS)
 
 
 class CoActivation:
