@@ -117,9 +117,8 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
         for data, active in zip((train.x, train.y), sizes.active, strict=True)
     )
     features = Features(model.mlp, inputs, outputs)
-    print(
-        f"TopK autoencoders, {sizes.features} features: {sizes.active[0]} active in, {sizes.active[1]} out of the MLP"
-    )
+    active = "{} active at the MLP's input, {} at its output".format(*sizes.active)
+    print(f"TopK autoencoders of {sizes.features} features: {active}")
     missed = text_sae.unexplained(inputs, test.x), text_sae.unexplained(outputs, test.y)
     print(f"  held-out variance unexplained: input {missed[0]:.1%}, output {missed[1]:.1%}")
 
@@ -163,8 +162,8 @@ def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, activ
     pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
     found = truncation_correlation(test.x, pairs, codes.indices, codes.acts)
-    found_often = found.corr[found.count >= ENOUGH]
-    return tuple(mean(found_often[:, rank - 1]) for rank in RANKS)
+    by_rank = found.corr[found.count >= ENOUGH].nanmean(0)  # [max(RANKS)]
+    return tuple(by_rank[rank - 1].item() for rank in RANKS)
 
 
 class CoActivation:
