@@ -183,6 +183,7 @@ def test_a_worker_outlives_the_death_of_its_process() -> None:
         worker.stop()
 
 
+@pytest.mark.slow  # CI runs it all the same
 def test_gpu_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):

@@ -76,7 +76,7 @@ def test_opcheck_backward(need, impl):
     torch.library.opcheck(bo.gated.gated_backward_op, args)
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", (pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"))
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 def test_compile(backend, impl):
     """One graph, forward and backward, any number of tokens: one compilation and one for dynamic sizes."""

@@ -13,6 +13,7 @@ from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY_SIZES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow))  # bfloat16 stands for both that round
 IMPLS = ("torch", "triton")
 
 
@@ -57,7 +58,7 @@ SHAPES = list(zip(testing.shapes("m d h o"), cycle(ACTIVATIONS), cycle((True, Fa
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MANY_SIZES)
 @pytest.mark.parametrize(("shape", "activation", "bias"), SHAPES, ids=lambda s: str(s) if isinstance(s, str) else None)
 def test_sizes(shape, activation, bias, dtype, impl):
     assert_right(inputs(**shape, dtype=dtype, bias=bias), activation, impl)

@@ -215,11 +215,11 @@ def peak_allocation(run):
 @pytest.mark.parametrize(
     "order, kind, dtype, impl, budget",
     [
-        ((200, 128, 64), "full", torch.float32, "torch", 4 << 20),
-        ((500, 64, 32), "packed", torch.float32, "torch", 4 << 20),
-        ((100, 96, 300), "full", torch.bfloat16, "torch", 4 << 20),
-        ((40, 128, 64), "packed", torch.float64, "torch", 4 << 20),
-        ((300, 128, 64, 20), "full", torch.float32, "torch", 6 << 20),
+        ((200, 64, 32), "full", torch.float32, "torch", 1 << 20),
+        ((500, 32, 16), "packed", torch.float32, "torch", 1 << 19),
+        ((100, 48, 150), "full", torch.bfloat16, "torch", 1 << 20),
+        ((40, 64, 32), "packed", torch.float64, "torch", 1 << 20),
+        ((300, 64, 32, 10), "full", torch.float32, "torch", 3 << 19),
         ((40, 32, 40), "full", torch.float32, "triton", 1 << 17),
         ((60, 17, 20), "packed", torch.bfloat16, "triton", 1 << 15),
         ((100, 17, 40, 5), "full", torch.float32, "triton", 1 << 17),

@@ -13,6 +13,7 @@ from bilinear_ops.kernels import rank1 as kernels
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY_SIZES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow))  # bfloat16 stands for both that round
 IMPLS = ("torch", "triton")
 
 
@@ -81,7 +82,7 @@ SHAPES = list(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MANY_SIZES)
 @pytest.mark.parametrize(("shape", "samples", "delta", "sampling", "bias"), SHAPES)
 def test_sizes(shape, samples, delta, sampling, bias, dtype, impl):
     tensors = inputs(**shape, dtype=dtype, bias=bias)

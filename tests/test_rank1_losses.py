@@ -10,6 +10,7 @@ from bilinear_ops.kernels import faithfulness as kernels
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY_SIZES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow))  # bfloat16 stands for both that round
 IMPLS = ("torch", "triton")
 
 
@@ -18,7 +19,7 @@ def decomposition(d_out, d_in, c, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MANY_SIZES)
 @pytest.mark.parametrize("shape", list(testing.shapes("d_out d_in c", mixed=4)))
 def test_faithfulness(shape, dtype, impl, monkeypatch):
     monkeypatch.setattr(composite, "BAND", 1000)  # several bands

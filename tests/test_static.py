@@ -36,6 +36,7 @@ with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
 """
 
 
+@pytest.mark.slow  # CI runs it all the same
 @pytest.mark.parametrize(
     ("breaking", "arch", "kernel", "message"),
     (
@@ -45,13 +46,7 @@ with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
             "forward_kernel",
             r"\[bfloat16 128x2x128x64 aligned\]: \d+ spill instructions, \d+ of them",
         ),
-        pytest.param(
-            RUN_TIME_EXTENT,
-            "sm_90",
-            "pairs_kernel",
-            r"\[bfloat16 K=512 full\]: \d+ wgmmas of the main loop waited for",
-            marks=pytest.mark.slow,  # Triton compiles it for a minute
-        ),
+        (RUN_TIME_EXTENT, "sm_90", "pairs_kernel", r"\[bfloat16 K=512 full\]: \d+ wgmmas of the main loop waited for"),
     ),
     ids=("spills", "run-time extent"),
 )
