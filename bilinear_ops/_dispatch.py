@@ -64,6 +64,13 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
     return sizes
 
 
+def check_integers(**arguments: object) -> None:
+    """Raise TypeError unless all of these are integers of some kind, bools not among them."""
+    for name, n in arguments.items():
+        if not hasattr(n, "__index__") or isinstance(n, bool):
+            raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+
+
 def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> None:
     """Check tensors that act on `first` in a float dtype of their own: masks, gates, deltas.
 

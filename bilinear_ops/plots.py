@@ -136,6 +136,7 @@ def cluster(q: Tensor, clusters: int) -> list[list[int]]:
         ValueError: clusters out of range, or q not finite.
     """
     size = _dispatch.check(q=(q, "F F"))["F"]
+    _dispatch.check_integers(clusters=clusters)
     if not 1 <= clusters <= size:
         raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
     if not q.isfinite().all():
@@ -168,7 +169,7 @@ def truncation(
     Args:
         scores: `[M, n]`: of M layers, with 1 to n eigenvectors kept.
         labels: names of the M lines.
-        full: `[M]`, the scores of the layers before truncation, drawn dashed.
+        full: `[M]`, of any float dtype: the scores of the layers before truncation, drawn dashed.
         ylabel: what a score is.
 
     Raises:
@@ -176,12 +177,13 @@ def truncation(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: another number of labels.
     """
-    sizes = _dispatch.check(scores=(scores, "M n"), full=(full, "? M"))
+    sizes = _dispatch.check(scores=(scores, "M n"))
+    _dispatch.check_beside(scores, full=(full, (sizes["M"],)))
     figure = _figure(6, 3.6)
     axes = figure.subplots()
     lines = _lines(axes, scores, _names(labels, sizes["M"]))
     if full is not None:
-        for line, level in zip(lines, full.tolist(), strict=True):
+        for line, level in zip(lines, full.expand(sizes["M"]).tolist(), strict=True):
             axes.axhline(level, color=line.get_color(), linewidth=0.8, linestyle="--")
     axes.set(xlabel="eigenvectors kept for each output", ylabel=ylabel)
     return figure

@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> Study:
     """The command line; returns what was measured."""
     parser = argparse.ArgumentParser(description="What a bilinear digit classifier has learned, read from its weights.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter trainings: seconds, rougher figures")
-    parser.add_argument("--out", type=Path, default=Path(), help="where figures are saved; default: here")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="where figures are saved; default: figures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     sizes, seeds, steps = (HIDDEN[:1], QUICK_SEEDS, QUICK_STEPS) if options.quick else (HIDDEN, SEEDS, STEPS)

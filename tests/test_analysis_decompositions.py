@@ -435,6 +435,11 @@ def test_errors():
         analysis.cp_decompose(w, v, p, 2, init=(w[:3], v[:3]))
     with pytest.raises(RuntimeError, match=r"v0 must have shape \[r=3, d=5\], got \[2, 5\]"):
         analysis.cp_decompose(w, v, p, 3, init=(w[:3], v[:2]))
+    for call in (analysis.hosvd, analysis.cp_decompose):
+        with pytest.raises(TypeError, match="rank must be an int, got float"):
+            call(w, v, p, 2.0)
+    with pytest.raises(TypeError, match=r"first must be \(w, v, p\), got GatedMLP"):
+        analysis.virtual_interactions(bo.nn.GatedMLP(5, 8, 4), (w, v, p))
     with pytest.raises(ValueError, match="must not be negative, got -1, 10 and"):
         analysis.cp_decompose(w, v, p, 2, steps=-1)
     with pytest.raises(ValueError, match="measure must be one of frobenius, gaussian, got 'cosine'"):

@@ -291,6 +291,9 @@ def test_errors():
         interaction_eigh(w, v, c, basis=w)
     with pytest.raises(TypeError, match="w must be a torch.Tensor"):
         interaction_eigh(None, v, c)
+    for n, kind in ((2.0, "float"), (True, "bool")):
+        with pytest.raises(TypeError, match=f"n must be an int, got {kind}"):
+            interaction_eigh(w, v, c, n)
 
 
 @pytest.mark.parametrize("method", ["auto", "dense", "iterative"])

@@ -140,6 +140,8 @@ def test_errors():
     w, v, p = layer()
     x, pairs = randn(6, 8, dtype=torch.float64), interaction_eigh(w, v, p, 2)
     labels = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(TypeError, match="eig must be EigenPairs, got tuple"):
+        truncation_curve(x, (pairs.values, pairs.vectors), labels)
     with pytest.raises(IndexError, match="target must be at least 0 and below 5"):
         truncation_curve(x, pairs, labels + 5)
     with pytest.raises(ValueError, match="active_only needs a target"):

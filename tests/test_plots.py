@@ -144,7 +144,7 @@ def test_any_tensor_can_be_drawn():
         (lambda: plots.eigenvectors(randn(1, 2, 9), (2, 4)), RuntimeError, r"\[K, n, 8\] for images of 2 x 4, got"),
         (lambda: plots.interactions(randn(3, 4)), RuntimeError, r"q must have shape"),
         (lambda: plots.interactions(randn(3, 3), clusters=4), ValueError, "clusters must be from 1 to 3, got 4"),
-        (lambda: plots.truncation(randn(2, 3), full=randn(3)), RuntimeError, r"full must have shape \[M=2\]"),
+        (lambda: plots.truncation(randn(2, 3), full=randn(3)), RuntimeError, r"full must broadcast to \[2\]"),
         (lambda: plots.similarity(randn(2, 3, 4), randn(2, 3, 5)), RuntimeError, "second must have shape"),
     ],
 )

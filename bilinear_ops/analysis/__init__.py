@@ -1,4 +1,8 @@
-"""What the papers do with the bilinear tensor: pure functions over the package's ops."""
+"""What the papers do with the bilinear tensor: pure functions over the package's ops.
+
+[P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417); [B] and [A]
+are the "Brain dump on parameter decompositions, transcoders" post and its appendix; formulas are in docs/math.md.
+"""
 
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
 from bilinear_ops.analysis.directions import (

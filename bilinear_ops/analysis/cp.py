@@ -59,6 +59,7 @@ def cp_decompose(
     """
     w0, v0 = (None, None) if init is None else init
     sizes = _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), w0=(w0, "? r d"), v0=(v0, "? r d"))
+    _dispatch.check_integers(rank=rank, steps=steps, inner_steps=inner_steps)
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
         limit = f"between 0 and h={sizes['h']}" if init is None else f"{sizes['r']}, the rows of init"
         raise ValueError(f"rank must be {limit}, got {rank}")

@@ -61,6 +61,7 @@ def strongest_directions(
         ValueError: negative n, steps or tol.
     """
     _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    _dispatch.check_integers(n=n, steps=steps)
     if min(n, steps, tol) < 0:
         raise ValueError(f"n, steps and tol must not be negative, got {n}, {steps} and {tol}")
     dtype = torch.promote_types(w.dtype, torch.float32)

@@ -85,7 +85,7 @@ def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False)
     `second(x + first(x))`. What biases do is not in it.
 
     Args:
-        first: (w, v, p), `[h1, d]`, `[h1, d]` and `[m, h1]`.
+        first: a tuple (w, v, p), `[h1, d]`, `[h1, d]` and `[m, h1]`.
         second: (w, v, p), `[h2, m]`, `[h2, m]` and `[o, h2]`.
         residual: whether the second layer reads the first one's input too, so that m = d.
 
@@ -97,6 +97,9 @@ def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False)
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
     """
+    for name, layer in (("first", first), ("second", second)):
+        if not isinstance(layer, tuple | list) or len(layer) != 3:
+            raise TypeError(f"{name} must be (w, v, p), got {type(layer).__name__}")
     (w1, v1, p1), (w2, v2, p2) = first, second
     m = "d" if residual else "m"
     _dispatch.check(

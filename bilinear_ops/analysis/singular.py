@@ -46,6 +46,7 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
         ValueError: unknown mode, or a rank out of range.
     """
     sizes = _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    _dispatch.check_integers(rank=rank)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     most = min(sizes["o"], sizes["h"]) if mode == "output" else sizes["d"]

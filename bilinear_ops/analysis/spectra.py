@@ -23,13 +23,21 @@ METHODS = ("auto", "dense", "iterative")
 
 
 class EigenPairs(NamedTuple):
-    """Eigenpairs of K symmetric matrices, and how far they can be trusted."""
+    """Eigenpairs of K symmetric matrices, and how far they can be trusted.
 
-    values: Tensor  # [K, n]
-    vectors: Tensor  # [K, n, d], unit rows
-    residuals: Tensor  # [K, n]: |Q u - lambda u|
-    converged: Tensor  # [K], bool: the search ended, and every residual is within tol of the largest |lambda|
-    next_abs: Tensor  # [K]: the largest |lambda| left out: |error in x^T Q x| <= next_abs |x|^2
+    Args:
+        values: `[K, n]`.
+        vectors: `[K, n, d]`, unit rows.
+        residuals: `[K, n]`, |Q u - lambda u|.
+        converged: `[K]`, bool: the search ended, and every residual is within tol of the largest |lambda|.
+        next_abs: `[K]`, the largest |lambda| left out: |error in x^T Q x| <= next_abs |x|^2.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    next_abs: Tensor
 
 
 @_dispatch.without_autocast
@@ -57,8 +65,9 @@ def interaction_eigh(
         which: "abs" for the largest by magnitude, "positive" for the algebraically largest, "negative" for the
             smallest, the most extreme first; "both" for n largest, then n smallest.
         basis: `[d, F]`: eigenvectors of D^T Q_k D, in the feature basis; an embedding folded in.
-        method: "dense" forms each Q_k and decomposes it, "iterative" finds the leading pairs by products with it,
-            "auto" does what costs least, and the former for a direction in which the latter did not converge.
+        method: "dense" forms each Q_k and decomposes it; "iterative" finds the leading pairs by products with it (in
+            dimensions so few that its subspace would be all of them, it is dense); "auto" does what costs least, and
+            the former for a direction in which the latter did not converge.
         tol: the residual |Q u - lambda u|, relative to the largest |lambda| of its matrix, that counts as converged.
         chunk_bytes: what the workspace of some directions at a time may take; at least one is done at a time.
         progress: show a bar over the directions; needs tqdm.
@@ -71,7 +80,7 @@ def interaction_eigh(
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices; in backward, a gradient that does not exist, or
             create_graph=True.
-        TypeError: an argument that is not a floating-point tensor.
+        TypeError: an argument that is not a floating-point tensor, or n not an int.
         ValueError: unknown which or method; n, tol or chunk_bytes out of range.
         ModuleNotFoundError: progress without tqdm.
     """
@@ -83,10 +92,11 @@ def interaction_eigh(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     most = d // 2 if which == "both" else d
     n = most if n is None else n
+    _dispatch.check_integers(n=n, chunk_bytes=chunk_bytes)
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     if not 0 <= n <= most:
         raise ValueError(f'n must be from 0 to {most} for {d} dimensions and which="{which}", got {n}')
 

@@ -102,6 +102,7 @@ def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Te
         TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
         IndexError: an index out of range.
     """
+    _check_pairs(eig)
     sizes = _dispatch.check(
         x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b")
     )
@@ -130,7 +131,7 @@ def truncation_curve(
         active_only: of a target `[T, K]`, only where it is not 0.
 
     Returns:
-        accuracies `[n]` of the largest of the K outputs, for classes; else `TruncationCorrelation`.
+        accuracies `[n]`, float32, of the largest of the K outputs, for classes; else `TruncationCorrelation`.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -138,6 +139,7 @@ def truncation_curve(
         IndexError: a class out of range.
         ValueError: active_only with classes.
     """
+    _check_pairs(eig)
     sizes = _dispatch.check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
     outputs, n = sizes["K"], sizes["n"]
     classes = isinstance(target, Tensor) and target.dtype == torch.int64
@@ -157,6 +159,11 @@ def truncation_curve(
         wanted = target[a:b] != 0 if active_only else torch.ones_like(target[a:b], dtype=torch.bool)
         sums.add(wanted.nonzero()[:, 1], forms[wanted], target[a:b][wanted])
     return right / len(x) if classes else sums.correlation(target.dtype)
+
+
+def _check_pairs(eig: object) -> None:
+    if not isinstance(eig, EigenPairs):
+        raise TypeError(f"eig must be EigenPairs, got {type(eig).__name__}")
 
 
 class _Sums:
