@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, receipts
-from bench.measure import Result, check, measure
-from bench.workload import SIZES, workloads
+from bench.harness import gpu, receipts
+from bench.harness.measuring import Result, check, measure
+from bench.harness.workload import SIZES, workloads
 
 HEADER = f"{'workload':74} {'ours':>10} {'best baseline':>26} {'ratio':>6} {'eager':>6} {'memory':>6} {'noise':>6}"
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import (
+from bench.harness.workload import (
     Contender,
     Run,
     Tensors,

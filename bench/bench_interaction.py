@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, tiling
+from bench.harness.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, tiling
 
 MATRICES = {  # (outputs, d, h)
     ("cpu", "tiny"): [(5, 24, 40), (40, 16, 33)],
@@ -270,13 +270,13 @@ def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
     """Both orders of contraction, at the table's tile and at every candidate that tuning would measure."""
-    from bilinear_ops.kernels import interaction
+    from bilinear_ops.kernels.interaction import matrices
 
     dtype = torch.bfloat16
     for outputs, d, h in MATRICES[device.type, size]:
         tensors = (((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5))
         yield tiling(
             "interaction", {"K": outputs, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), _in_chunks,
-            lambda w, v, c: interaction.interaction(w, v, c, None, False), device,
+            lambda w, v, c: matrices.interaction_matrices(w, v, c, None, False), device,
             2 * outputs * d * d * h, (2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize,
         )  # fmt: skip

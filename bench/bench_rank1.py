@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bench.workload import Contender, Tensors, Workload, compiled, draw, forward, has_compiler, tiling, training_step
-from bilinear_ops.composite import rank1 as composite
+from bench.harness.workload import (
+    Contender,
+    Tensors,
+    Workload,
+    compiled,
+    draw,
+    forward,
+    has_compiler,
+    tiling,
+    training_step,
+)
+from bilinear_ops.composite.rank1 import masked as composite
 
 SHAPES = {  # (tokens, d_in, d_out, C)
     ("cpu", "tiny"): [(33, 24, 40, 48)],
@@ -207,8 +217,8 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
     """The kernel that draws masks, at the table's tile and at every candidate that tuning would measure."""
-    from bilinear_ops.composite.rank1 import Masks
-    from bilinear_ops.kernels import rank1
+    from bilinear_ops.kernels.rank1 import masked
+    from bilinear_ops.results import Masks
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for m, _, d_out, c in SHAPES[device.type, size][:2]:
@@ -226,6 +236,6 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
 
         inputs = draw(device, dtype, ((m, c), 1.0), ((c, d_out), c**-0.5), ((m, c), 1.0))
         yield tiling(
-            "mask", {"m": m, "o": d_out, "C": c, "S": s}, dtype, inputs, through(composite), through(rank1), device,
+            "mask", {"m": m, "o": d_out, "C": c, "S": s}, dtype, inputs, through(composite), through(masked), device,
             2 * s * m * c * d_out, dtype.itemsize * (m * c * (2 + s) + c * d_out + s * m * d_out),
         )  # fmt: skip

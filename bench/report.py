@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.receipts import RESULTS, ROOT, load, tree_hash
-from bench.svg import Bars, bar_chart
+from bench.harness.receipts import RESULTS, ROOT, load, tree_hash
+from bench.harness.svg import Bars, bar_chart
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STALE = "†"

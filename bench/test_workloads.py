@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import check
-from bench.workload import Workload, workloads
+from bench.harness.measuring import check
+from bench.harness.workload import Workload, workloads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [

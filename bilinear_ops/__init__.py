@@ -1,27 +1,35 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
 from bilinear_ops import analysis, nn, plots, reference
-from bilinear_ops.accumulate import rank1_accumulate
-from bilinear_ops.entries import active_interactions, interaction_diagonal, interaction_entries
-from bilinear_ops.forms import eigen_form, layer_inner, neuron_gram, quadratic_form
 from bilinear_ops.gated import gated_bilinear, gated_mlp
 from bilinear_ops.interaction import (
+    active_interactions,
+    eigen_form,
+    interaction_diagonal,
+    interaction_entries,
     interaction_matrices,
+    interaction_moments,
+    interaction_topk,
     iter_interaction_matrices,
+    layer_inner,
+    neuron_gram,
     pack_symmetric,
+    quadratic_form,
     unpack_symmetric,
 )
-from bilinear_ops.losses import (
+from bilinear_ops.rank1 import (
     faithfulness_loss,
     importance_minimality,
     lower_leaky_hard_sigmoid,
+    rank1_accumulate,
+    rank1_linear,
+    rank1_sparse,
+    stochastic_delta,
+    stochastic_mask,
+    stochastic_rank1_linear,
     upper_leaky_hard_sigmoid,
 )
-from bilinear_ops.masks import stochastic_delta, stochastic_mask
-from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
-from bilinear_ops.ranking import interaction_moments, interaction_topk
-from bilinear_ops.reference.interaction import ActiveInteractions, Directions, InteractionMoments, TopInteractions
-from bilinear_ops.sparse import rank1_sparse
+from bilinear_ops.results import ActiveInteractions, Directions, InteractionMoments, TopInteractions
 from bilinear_ops.tuning import warmup
 
 __version__ = "0.1.0"

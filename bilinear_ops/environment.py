@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import bilinear_ops
-from bilinear_ops import _dispatch, tuning
+from bilinear_ops import _impl, tuning
 
 VARIABLES = (
     "BILINEAR_OPS_CACHE_DIR",
@@ -70,9 +70,9 @@ def devices() -> dict[str, str]:
 def choice(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The implementation that impl="auto" takes there, "triton" or "torch", and why."""
     t = torch.empty(0, device=device, dtype=dtype)
-    if _dispatch.resolve("auto", t) == "triton":
+    if _impl.resolve("auto", t) == "triton":
         return "triton", "the kernels run on this device"
-    return "torch", _dispatch.why_not_triton(t) or 'impl="triton" would interpret the kernels, slowly'
+    return "torch", _impl.why_not_triton(t) or 'impl="triton" would interpret the kernels, slowly'
 
 
 def text(found: dict[str, Any]) -> str:

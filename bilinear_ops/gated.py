@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch, reference
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import DTYPES, check
 from bilinear_ops.composite import gated as composite
-from bilinear_ops.reference.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 
 SMALL_ON_CPU = 1 << 28  # tokens x d x h up to which eager PyTorch is faster: by 15 % at 2^26, 5 % at 2^28; measured
 
@@ -46,7 +47,7 @@ def gated_bilinear(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown activation or impl, or a beta without swish.
     """
-    x, w, v, b_w, b_v = _dispatch.autocast(x, w, v, b_w, b_v)
+    x, w, v, b_w, b_v = _op.autocast(x, w, v, b_w, b_v)
     return _gated(x, w, v, None, b_w, b_v, None, activation, beta, False, impl)
 
 
@@ -81,7 +82,7 @@ def gated_mlp(
     Raises:
         as `gated_bilinear`.
     """
-    x, w, v, p, b_w, b_v, b_p = _dispatch.autocast(x, w, v, p, b_w, b_v, b_p)
+    x, w, v, p, b_w, b_v, b_p = _op.autocast(x, w, v, p, b_w, b_v, b_p)
     return _gated(x, w, v, p, b_w, b_v, b_p, activation, beta, recompute, impl)
 
 
@@ -98,7 +99,7 @@ def _gated(
     recompute: bool,
     impl: str,
 ) -> Tensor:
-    _dispatch.check(
+    check(
         x=(x, "... d"),
         w=(w, "h d"),
         v=(v, "h d"),
@@ -109,8 +110,8 @@ def _gated(
     )
     beta = _check_beta(beta, activation, x)
     small = impl == "auto" and not recompute and _is_small(x, w)
-    impl = _dispatch.resolve(impl, x)
-    if small or _dispatch.needs_reference():
+    impl = _impl.resolve(impl, x)
+    if small or _impl.needs_reference():
         return _reference(x, w, v, p, b_w, b_v, b_p, beta, activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
@@ -130,7 +131,7 @@ def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Ten
     if isinstance(beta, Tensor):
         if activation != "swish":
             raise ValueError(f"beta belongs to activation='swish', got a tensor with {activation!r}")
-        if beta.dtype not in _dispatch.DTYPES:
+        if beta.dtype not in DTYPES:
             raise TypeError(f"beta must be a floating-point tensor, got {beta.dtype}")
         if beta.dim() != 0:
             raise RuntimeError(f"beta must be a float or have shape [], got {list(beta.shape)}")
@@ -155,6 +156,17 @@ def _beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | N
     return torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) * beta
 
 
+def launchers():
+    """The kernels' side, imported at the first launch."""
+    from bilinear_ops.kernels import gated
+
+    return gated
+
+
+def _backend(impl: str) -> Any:
+    return launchers() if impl == "triton" else composite
+
+
 def _forward(
     x: Tensor,
     w: Tensor,
@@ -168,9 +180,9 @@ def _forward(
     save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    hid, az = _dispatch.backend("gated", impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
-    return y, _dispatch.or_empty(az, x)
+    return y, _op.or_empty(az, x)
 
 
 def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
@@ -194,7 +206,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty unless needed; `need` is in the forward's order."""
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
-    backend = _dispatch.backend("gated", impl)
+    backend = _backend(impl)
     h = w.shape[0]
     dx = x.new_empty(x.shape) if need_x else None
     dwv = dp = db = dbeta = None
@@ -219,7 +231,7 @@ def _backward(
     if dbeta is not None and beta is not None:
         dbeta = dbeta.to(beta.dtype)
     db_p = dy.sum(0) if need_bp else None
-    return tuple(_dispatch.or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
+    return tuple(_op.or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
 
 
 def _plus(total: Tensor | None, t: Tensor) -> Tensor:
@@ -250,13 +262,13 @@ def _backward_fake(dy, x, w, v, p, b_w, b_v, beta, az, activation, need, impl):
     )
 
 
-gated_op = _dispatch.register(
+gated_op = _op.register(
     "gated(Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
     "str activation, bool save, str impl) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-gated_backward_op = _dispatch.register(
+gated_backward_op = _op.register(
     "gated_backward(Tensor dy, Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? beta, "
     "Tensor az, str activation, bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -279,7 +291,7 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     need = list(ctx.needs_input_grad[:8])
     if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x
         tensors = (x, w, v, p, b_w, b_v, b_p, beta)
-        found = _dispatch.differentiable_gradients(partial(_reference, activation=ctx.activation), tensors, need, dy)
+        found = _op.differentiable_gradients(partial(_reference, activation=ctx.activation), tensors, need, dy)
     else:
         dx, dwv, dp, db, db_p, dbeta = gated_backward_op(
             dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl
@@ -307,4 +319,4 @@ def _reference(
     return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
 
 
-_dispatch.register_autograd(gated_op, _autograd, _setup_context)
+_op.register_autograd(gated_op, _autograd, _setup_context)

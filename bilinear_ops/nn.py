@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops.gated import gated_bilinear, gated_mlp
-from bilinear_ops.rank1 import rank1_linear, stochastic_rank1_linear
-from bilinear_ops.reference.gated import ACTIVATIONS
+from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
+from bilinear_ops.results import ACTIVATIONS
 
 
 class _Gated(nn.Module):

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilinear_ops import _dispatch
+from bilinear_ops._check import check, check_beside
+from bilinear_ops.analysis.clusters import interaction_clusters
 
 Figure = Any  # matplotlib.figure.Figure, which only a call imports
 
@@ -24,6 +25,8 @@ MAGNITUDE = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^v<>"
 LABELLED = 40  # rows of a heat map: more names than that cannot be read
+
+cluster = interaction_clusters  # the name this function had here
 
 
 def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
@@ -38,7 +41,7 @@ def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
         TypeError: values are not a floating-point tensor.
         ValueError: another number of labels.
     """
-    sizes = _dispatch.check(values=(values, "K n"))
+    sizes = check(values=(values, "K n"))
     figure = _figure(6, 3.6)
     axes = figure.subplots()
     axes.axhline(0, color="0.6", linewidth=0.8)
@@ -67,7 +70,7 @@ def eigenvectors(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: another number of labels.
     """
-    sizes = _dispatch.check(vectors=(vectors, "K n d"), values=(values, "? K n"))
+    sizes = check(vectors=(vectors, "K n d"), values=(values, "? K n"))
     rows, columns = sizes["K"], sizes["n"]
     if sizes["d"] != math.prod(shape):
         expected = f"[K, n, {math.prod(shape)}] for images of {shape[0]} x {shape[1]}"
@@ -100,11 +103,11 @@ def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: in
         TypeError: q is not a floating-point tensor.
         ValueError: another number of labels, or clusters not from 1 to F.
     """
-    size = _dispatch.check(q=(q, "F F"))["F"]
+    size = check(q=(q, "F F"))["F"]
     names = _names(labels, size)
     order, edges = list(range(size)), list[int]()
     if clusters is not None:
-        groups = cluster(q, clusters)
+        groups = interaction_clusters(q, clusters)
         order = [i for group in groups for i in group]
         edges = list(itertools.accumulate(len(group) for group in groups[:-1]))
     figure = _figure(5.6, 4.8)
@@ -118,43 +121,6 @@ def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: in
         axes.set_xticks(range(size), shown, rotation=90, fontsize=7)
         axes.set_yticks(range(size), shown, fontsize=7)
     return figure
-
-
-def cluster(q: Tensor, clusters: int) -> list[list[int]]:
-    """The rows of a symmetric matrix in groups that interact alike: average linkage by the cosine of rows.
-
-    Args:
-        q: `[F, F]`.
-        clusters: how many groups, from 1 to F.
-
-    Returns:
-        The indices of each group; neighbours, within a group and from one to the next, were joined early.
-
-    Raises:
-        RuntimeError: q is not square.
-        TypeError: q is not a floating-point tensor.
-        ValueError: clusters out of range, or q not finite.
-    """
-    size = _dispatch.check(q=(q, "F F"))["F"]
-    _dispatch.check_integers(clusters=clusters)
-    if not 1 <= clusters <= size:
-        raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
-    if not q.isfinite().all():
-        raise ValueError("q must be finite to be clustered")
-    rows = normalize(q.detach().double(), dim=1)
-    similarity = (rows @ rows.t()).fill_diagonal_(-math.inf)
-    groups = {i: [i] for i in range(size)}
-    found = [*groups.values()]
-    while len(groups) > 1:
-        a, b = divmod(int(similarity.argmax()), size)
-        joined = (len(groups[a]) * similarity[a] + len(groups[b]) * similarity[b]) / len(groups[a] + groups[b])
-        similarity[a] = similarity[:, a] = joined
-        similarity[a, a] = similarity[b] = similarity[:, b] = -math.inf
-        groups[a] = groups[a] + groups.pop(b)
-        if len(groups) == clusters:
-            found = [*groups.values()]
-    (order,) = groups.values()
-    return sorted(found, key=lambda group: order.index(group[0]))
 
 
 def truncation(
@@ -177,8 +143,8 @@ def truncation(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: another number of labels.
     """
-    sizes = _dispatch.check(scores=(scores, "M n"))
-    _dispatch.check_beside(scores, full=(full, (sizes["M"],)))
+    sizes = check(scores=(scores, "M n"))
+    check_beside(scores, full=(full, (sizes["M"],)))
     figure = _figure(6, 3.6)
     axes = figure.subplots()
     lines = _lines(axes, scores, _names(labels, sizes["M"]))
@@ -199,7 +165,7 @@ def similarity(first: Tensor, second: Tensor) -> Figure:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
     """
-    sizes = _dispatch.check(first=(first, "K n d"), second=(second, "K m d"))
+    sizes = check(first=(first, "K n d"), second=(second, "K m d"))
     cosines = (normalize(first, dim=2) @ normalize(second, dim=2).mT).abs().mean(0)
     figure = _figure(0.5 * sizes["m"] + 2.2, 0.5 * sizes["n"] + 1)
     axes = figure.subplots()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch
+from bilinear_ops import _impl
 
 
 def warmup(
@@ -59,7 +59,7 @@ def warmup(
 
 def cache_folder() -> str | None:
     """Where tuned choices are kept; None without triton, which tunes nothing."""
-    if not _dispatch.HAS_TRITON:
+    if not _impl.HAS_TRITON:
         return None
     from bilinear_ops.kernels import tuning
 
@@ -67,7 +67,7 @@ def cache_folder() -> str | None:
 
 
 def _measuring(t: Tensor) -> AbstractContextManager[None]:
-    reason = _dispatch.why_not_triton(t)
+    reason = _impl.why_not_triton(t)
     if reason is not None:
         raise RuntimeError(f"tune=True cannot run: {reason}")
     from bilinear_ops.kernels import tuning

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilinear_ops.composite.gated import preactivations
 from bilinear_ops.kernels import config, tuning
-from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.activation import act, act_grad_beta, act_with_grad
 from bilinear_ops.kernels.config import RowTile, Tile
 from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile

@@ -148,7 +148,7 @@ def _device_name(device: torch.device) -> str:
 def _code() -> Key:
     """Versions, and a hash of the kernels: a choice made with others is not one."""
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         sources.update(path.read_bytes())
     return (("torch", torch.__version__), ("triton", triton.__version__), ("kernels", sources.hexdigest()[:16]))
 

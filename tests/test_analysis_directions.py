@@ -5,7 +5,7 @@ import torch
 
 import bilinear_ops as bo
 from bilinear_ops import analysis
-from bilinear_ops.analysis import directions
+from bilinear_ops.analysis import strongest as directions
 from bilinear_ops.testing import assert_no_worse, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch

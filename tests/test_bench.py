@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bench import gpu, receipts, report
+from bench import report
 from bench.__main__ import main
-from bench.measure import measure
-from bench.timing import Timing, peak_memory
-from bench.worker import Worker
-from bench.workload import Workload, training_step, workloads
+from bench.harness import gpu, receipts
+from bench.harness.measuring import measure
+from bench.harness.timing import Timing, peak_memory
+from bench.harness.worker import Worker
+from bench.harness.workload import Workload, training_step, workloads
 
 CPU = torch.device("cpu")
 ONLY = "[silu, step]"

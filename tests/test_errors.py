@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bilinear_ops import _dispatch
+from bilinear_ops import _impl
 from bilinear_ops.testing import randn
 
 
@@ -68,7 +68,7 @@ def test_triton_refuses_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="CPU tensors need TRITON_INTERPRET=1"):
         layer(impl="triton")
-    monkeypatch.setattr(bo._dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(bo._impl, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         layer(impl="triton")
 
@@ -86,4 +86,4 @@ def test_interpreting_is_read_as_triton_reads_it(value, monkeypatch):
     from triton import knobs
 
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert (_dispatch.why_not_triton(torch.ones(1)) is None) == knobs.runtime.interpret
+    assert (_impl.why_not_triton(torch.ones(1)) is None) == knobs.runtime.interpret

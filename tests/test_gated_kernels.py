@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from bilinear_ops import testing
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.kernels import config, gated, tuning
-from bilinear_ops.kernels import launch as via
+from bilinear_ops.kernels import launching as via
 from bilinear_ops.testing import randn
 
 M, D, H, O = 70, 48, 80, 40  # noqa: E741

@@ -11,9 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bilinear_ops as bo
-from bench import smallest
-from bench.measure import check
-from bench.workload import Run, Workload, workloads
+from bench.harness.measuring import check
+from bench.harness.workload import Run, Workload, workloads
+from bench.static import smallest
 from bilinear_ops import reference
 from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import assert_no_worse, randn

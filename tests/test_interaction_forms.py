@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bilinear_ops.composite import blocks, eigen_pairs, forms, gram
+from bilinear_ops.composite import blockwise
+from bilinear_ops.composite.interaction import forms
 from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -22,48 +23,6 @@ def tensor(w, v, p):
     """B [o, d, d]."""
     b = torch.einsum("oh,hi,hj->oij", p, w, v)
     return (b + b.mT) / 2
-
-
-@pytest.mark.parametrize(("h", "h2", "d"), [(1, 1, 1), (5, 7, 3), (17, 2, 4), (0, 3, 2), (3, 0, 2), (3, 4, 0)])
-def test_neuron_gram(h, h2, d):
-    w, v, w2, v2 = doubles((h, d), (h, d), (h2, d), (h2, d))
-    neurons, others = tensor(w, v, torch.eye(h).double()), tensor(w2, v2, torch.eye(h2).double())
-    close(bo.neuron_gram(w, v, w2, v2), torch.einsum("hij,gij->hg", neurons, others))
-    own = bo.neuron_gram(w, v)
-    close(own, torch.einsum("hij,gij->hg", neurons, neurons))
-    assert torch.equal(own, own.t())
-
-
-def test_neuron_gram_is_symmetric_to_the_bit(monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK", 130 * 43)  # rows in blocks, where a library's products differ in the last bit
-    w, v = randn(130, 65), randn(130, 65)
-    own = bo.neuron_gram(w, v)
-    assert torch.equal(own, own.t())
-
-
-@pytest.mark.parametrize("tile", [2, 1024])
-@pytest.mark.parametrize(("h1", "h2", "d", "o"), [(1, 1, 1, 1), (5, 7, 3, 4), (6, 4, 2, 1)])
-def test_layer_inner(h1, h2, d, o, tile, monkeypatch):
-    monkeypatch.setattr(gram, "TILE", tile)
-    first, second = doubles((h1, d), (h1, d), (o, h1)), doubles((h2, d), (h2, d), (o, h2))
-    close(bo.layer_inner(*first, *second), (tensor(*first) * tensor(*second)).sum())
-    w, v, p = first
-    norm = ((p.t() @ p) * bo.neuron_gram(w, v)).sum()
-    close(norm, tensor(w, v, p).square().sum())
-    close(bo.layer_inner(*first, *first), norm)
-
-
-def test_gram_gradients(monkeypatch):
-    monkeypatch.setattr(gram, "TILE", 2)
-    monkeypatch.setattr(gram, "BLOCK", 4)
-    first, second = doubles((3, 2), (3, 2), (2, 3), grad=True), doubles((4, 2), (4, 2), (2, 4), grad=True)
-    for f, tensors in (
-        (bo.layer_inner, first + second),
-        (bo.neuron_gram, first[:2]),
-        (bo.neuron_gram, first[:2] + second[:2]),
-    ):
-        assert torch.autograd.gradcheck(f, tensors)
-        assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("budget", [1, 20, 1 << 21])
@@ -116,7 +75,7 @@ def test_eigen_form_is_the_quadratic_form():
 @pytest.mark.parametrize("N", [0, 1, 40])
 def test_eigen_form_pairs(N, budget, reduce, monkeypatch):
     """Blocks of one output, of several, outputs split in two, outputs without a pair and pairs that repeat."""
-    monkeypatch.setattr(eigen_pairs, "BLOCK", budget)
+    monkeypatch.setattr(forms, "GATHERED", budget)
     x, values, vectors = doubles((9, 4), (6, 3), (6, 3, 4))
     t, k = torch.randint(9, (N,)), torch.randint(5, (N,))
     k[: N // 2] = 2
@@ -129,7 +88,7 @@ def test_eigen_form_pairs(N, budget, reduce, monkeypatch):
 @pytest.mark.parametrize("budget", [8, 1 << 20])
 def test_eigen_form_gradients(pairs, budget, reduce, monkeypatch):
     monkeypatch.setattr(forms, "BLOCK", budget)
-    monkeypatch.setattr(eigen_pairs, "BLOCK", budget)
+    monkeypatch.setattr(forms, "GATHERED", budget)
     tensors = doubles((2, 3), (4, 2), (4, 2, 3), grad=True)
 
     def f(*tensors):
@@ -212,8 +171,8 @@ def test_transforms_use_the_reference():
 
 
 def test_blocks_cover():
-    assert list(blocks.blocks(7, 2, 6)) == [(0, 3), (3, 6), (6, 7)]
-    assert list(blocks.blocks(2, 100, 6)) == [(0, 1), (1, 2)] and list(blocks.blocks(0, 1)) == []
+    assert list(blockwise.blocks(7, 2, 6)) == [(0, 3), (3, 6), (6, 7)]
+    assert list(blockwise.blocks(2, 100, 6)) == [(0, 1), (1, 2)] and list(blockwise.blocks(0, 1)) == []
 
 
 def pairs_of(t, k):

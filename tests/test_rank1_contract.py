@@ -72,7 +72,7 @@ def test_opcheck(sampling, save, impl):
     seed = torch.tensor(3) if sampling == "continuous" else None
     tail = (ROUTING, seed, 0, 2, sampling)
     args = (x, read, write, None, gates, source, delta, weight, bias, *tail, save, impl)
-    torch.library.opcheck(bo.rank1.rank1_op, args)
+    torch.library.opcheck(bo.rank1.masked.rank1_op, args)
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
@@ -80,12 +80,12 @@ def test_opcheck(sampling, save, impl):
 def test_opcheck_backward(need, impl):
     x, read, write, gates, _, weight, delta = (t.detach() for t in inputs())
     tensors = (randn(2, 5, 2), x, read, write, randn(5, 4), gates, torch.rand(1, 1, 4), delta, weight, ROUTING, None)
-    torch.library.opcheck(bo.rank1.rank1_backward_op, (*tensors, 0, 2, "source", False, need, impl))
+    torch.library.opcheck(bo.rank1.masked.rank1_backward_op, (*tensors, 0, 2, "source", False, need, impl))
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 def test_opcheck_uniform(impl):
-    torch.library.opcheck(bo.masks.uniform_op, (torch.tensor(3), 0, 2, 5, 7, impl))
+    torch.library.opcheck(bo.rank1.masks.uniform_op, (torch.tensor(3), 0, 2, 5, 7, impl))
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -188,7 +188,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("changes", "error", "message"), ERRORS.values(), ids=ERRORS)
 def test_bad_argument(changes, error, message, monkeypatch):
-    monkeypatch.setattr(bo.rank1, "rank1_op", lambda *args: pytest.fail("work began before the check"))
+    monkeypatch.setattr(bo.rank1.masked, "rank1_op", lambda *args: pytest.fail("work began before the check"))
     with pytest.raises(error, match=message):
         bad(**changes)
 

@@ -5,8 +5,8 @@ import torch
 
 import bilinear_ops as bo
 from bilinear_ops import testing
-from bilinear_ops.composite import faithfulness as composite
-from bilinear_ops.kernels import faithfulness as kernels
+from bilinear_ops.composite.rank1 import losses as composite
+from bilinear_ops.kernels.rank1 import losses as kernels
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,10 +66,10 @@ def test_faithfulness_gradcheck():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_faithfulness_opcheck(impl):
     tensors = [t.requires_grad_() for t in decomposition(4, 3, 5)]
-    torch.library.opcheck(bo.losses.squared_difference_op, (*tensors, impl))
+    torch.library.opcheck(bo.rank1.losses.squared_difference_op, (*tensors, impl))
     for need in ([True] * 3, [False, True, False]):
         args = (torch.ones(()), *(t.detach() for t in tensors), need, impl)
-        torch.library.opcheck(bo.losses.squared_difference_backward_op, args)
+        torch.library.opcheck(bo.rank1.losses.squared_difference_backward_op, args)
 
 
 @pytest.mark.parametrize("module", (composite, kernels))
@@ -119,38 +119,6 @@ def test_upper_leaky_hard_sigmoid():
     expected = torch.tensor([0.0, 0.25, 0.75, 1.05], dtype=torch.float64)
     torch.testing.assert_close(bo.upper_leaky_hard_sigmoid(x, 0.1), expected)
     assert torch.autograd.gradcheck(bo.upper_leaky_hard_sigmoid, x)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", (False, True))
-@pytest.mark.parametrize("lead", ((), (1,), (3,), (2, 3), (40,), (5, 8), (0,)))
-def test_accumulate(lead, base, dtype):
-    """Both orders of contraction: few rows of gates, and more rows than d_in."""
-    gates, read, write = torch.rand(*lead, 17).to(dtype), randn(30, 17, dtype=dtype), randn(17, 23, dtype=dtype)
-    tensors = [gates, read, write] + ([randn(23, 30, dtype=dtype)] if base else [])
-    dy = randn(*lead, 23, 30, dtype=dtype)
-
-    def accumulate(module):
-        return lambda g, r, w, b=None: module.rank1_accumulate(g, r, w, base=b)
-
-    def definition(g, r, w, b=None):
-        pieces = torch.einsum("...c,coi->...oi", g, w[:, :, None] * r.t()[:, None, :])
-        return pieces if b is None else pieces + b
-
-    ours = testing.gradients(accumulate(bo), tensors, dy)
-    # the two orders round their gradients differently, so each is held to eager code in its own
-    eager = testing.gradients(definition if gates[..., 0].numel() > 30 else accumulate(bo.reference), tensors, dy)
-    gold = testing.gradients(accumulate(bo.reference), [t.double() for t in tensors], dy.double())
-    assert ours[0].is_contiguous()
-    for what, *results in zip(("weights", "dgates", "dread", "dwrite", "dbase"), ours, eager, gold, strict=False):
-        testing.assert_no_worse(*results, what=what)
-
-
-def test_accumulate_by_hand():
-    gates, read, write = torch.rand(2, 3).double(), randn(5, 3).double(), randn(3, 4).double()
-    expected = torch.einsum("bc,ic,co->boi", gates, read, write)
-    torch.testing.assert_close(bo.rank1_accumulate(gates, read, write), expected)
-    torch.testing.assert_close(bo.reference.rank1_accumulate(gates, read, write), expected)
 
 
 ERRORS = {

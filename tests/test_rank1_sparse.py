@@ -6,8 +6,8 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
-from bilinear_ops.composite import sparse as composite
-from bilinear_ops.kernels import sparse as kernels
+from bilinear_ops.composite.rank1 import sparse as composite
+from bilinear_ops.kernels.rank1 import sparse as kernels
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,11 +101,11 @@ def test_needed_gradients_only(wanted, impl):
 def test_opcheck(impl):
     *tensors, indices = inputs(5, 2, 6, 4, 3)
     x, read, write, gates, bias = (t.requires_grad_() for t in tensors)
-    torch.library.opcheck(bo.sparse.sparse_op, (x, read, write, indices, gates, bias, impl))
+    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, indices, gates, bias, impl))
     x, read, write, gates = (t.detach() for t in (x, read, write, gates))
     for need in ([True] * 5, [False, True, False, True, False]):
         args = (randn(5, 3), x, read, write, indices, gates, randn(5, 2), need, impl)
-        torch.library.opcheck(bo.sparse.sparse_backward_op, args)
+        torch.library.opcheck(bo.rank1.sparse.sparse_backward_op, args)
 
 
 @pytest.mark.parametrize("module", (composite, kernels))

@@ -7,12 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import sanitize
-from bilinear_ops.kernels import faithfulness, gated, interaction, rank1, sparse, uniform
+from bench.static import sanitize
+from bilinear_ops.kernels import gated
+from bilinear_ops.kernels.interaction import matrices
+from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 
 KERNELS = {
     (module, name)
-    for module in (faithfulness, gated, interaction, rank1, sparse, uniform)
+    for module in (gated, losses, masked, masks, matrices, sparse)
     for name in vars(module)
     if name.endswith("_kernel")
 }

@@ -23,16 +23,16 @@ TOO_LARGE = """
 config.GATED_FORWARD["sm_90"] = (config.Tile(128, 128, 64, 4, 3),)
 """
 RUN_TIME_EXTENT = """
-from bilinear_ops.kernels import interaction
-source = open(interaction.__file__).read()
+from bilinear_ops.kernels.interaction import matrices
+source = open(matrices.__file__).read()
 h = "H: tl.constexpr, PACKED"
 assert source.count(h) == 2
 with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
     file.write(source.replace(h, "H, PACKED"))
     file.flush()
     broken = runpy.run_path(file.name)
-    interaction.pairs_kernel = broken["pairs_kernel"]
-    sys.exit(static.main())
+    matrices.pairs_kernel = broken["pairs_kernel"]
+    sys.exit(gate.main())
 """
 
 
@@ -52,9 +52,9 @@ with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
 )
 def test_a_broken_kernel_fails_the_gate(breaking, arch, kernel, message):
     """Named with its target and the figure that is wrong. In one process: others would not have the breakage."""
-    code = "import runpy, sys, tempfile; from bench import static; from bilinear_ops.kernels import config\n"
+    code = "import runpy, sys, tempfile; from bench.static import gate; from bilinear_ops.kernels import config\n"
     code += f"sys.argv = ['', '--target', '{arch}', '--kernel', '{kernel}', '--jobs', '1']\n"
-    done = _run("-c", code + breaking + "sys.exit(static.main())")
+    done = _run("-c", code + breaking + "sys.exit(gate.main())")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(rf"FAIL {arch} {kernel} {message}", done.stdout), done.stdout
 
@@ -84,7 +84,7 @@ LOOPS = """
 
 
 def test_the_main_loop_is_the_innermost_that_multiplies():
-    from bench import sass
+    from bench.static import sass
 
     for left in ("0x1", "0x0"):  # one wait a loop is none too many
         lines = sass._sass_lines(LOOPS.format(left=left))
@@ -97,7 +97,7 @@ def test_the_main_loop_is_the_innermost_that_multiplies():
 
 
 def test_changes_against_the_baseline_are_named():
-    from bench.static import changes
+    from bench.static.gate import changes
 
     assert changes("kernel", None, {"spills": 0}) == "NEW kernel"
     assert changes("kernel", {"spills": 0}, {"spills": 0}) == ""

@@ -4,28 +4,18 @@
 are the "Brain dump on parameter decompositions, transcoders" post and its appendix; formulas are in docs/math.md.
 """
 
+import sys
+
+from bilinear_ops.analysis.biases import BiasTerms, augment_biases, bias_terms
+from bilinear_ops.analysis.clusters import interaction_clusters
+from bilinear_ops.analysis.composition import Reexpression, VirtualLayer, reexpress, virtual_interactions
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
-from bilinear_ops.analysis.directions import (
-    EvenOdd,
-    StrongestDirections,
-    even_odd_split,
-    glu_gates,
-    strength,
-    strongest_directions,
-)
-from bilinear_ops.analysis.layers import (
-    BiasTerms,
-    Reexpression,
-    VirtualLayer,
-    augment_biases,
-    bias_terms,
-    layer_similarity,
-    reexpress,
-    virtual_interactions,
-)
+from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
+from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
-from bilinear_ops.analysis.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.analysis.strongest import StrongestDirections, strength, strongest_directions
 from bilinear_ops.analysis.truncation import (
     QuadraticLayer,
     TruncationCorrelation,
@@ -54,6 +44,7 @@ __all__ = [
     "glu_gates",
     "hosvd",
     "hoyer",
+    "interaction_clusters",
     "interaction_eigh",
     "layer_similarity",
     "reexpress",
@@ -64,3 +55,6 @@ __all__ = [
     "truncation_curve",
     "virtual_interactions",
 ]
+
+# Pickles of earlier results name the modules that held them.
+sys.modules.update({f"{__name__}.{former}": sys.modules[__name__] for former in ("directions", "layers", "spectra")})

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch
-from bilinear_ops.forms import layer_inner, neuron_gram
+from bilinear_ops._check import check, check_integers
+from bilinear_ops.interaction.gram import layer_inner, neuron_gram
 
 CG_TOLERANCE = 1e-13  # of the residual in the preconditioner's norm, where float64 has nothing left to gain
 
@@ -58,8 +58,8 @@ def cp_decompose(
         ValueError: a rank out of range, or negative steps, inner_steps or tol.
     """
     w0, v0 = (None, None) if init is None else init
-    sizes = _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), w0=(w0, "? r d"), v0=(v0, "? r d"))
-    _dispatch.check_integers(rank=rank, steps=steps, inner_steps=inner_steps)
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), w0=(w0, "? r d"), v0=(v0, "? r d"))
+    check_integers(rank=rank, steps=steps, inner_steps=inner_steps)
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
         limit = f"between 0 and h={sizes['h']}" if init is None else f"{sizes['r']}, the rows of init"
         raise ValueError(f"rank must be {limit}, got {rank}")

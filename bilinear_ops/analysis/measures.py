@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch
-from bilinear_ops.composite.blocks import widen
+from bilinear_ops._check import check
+from bilinear_ops.composite.blockwise import widen
 
 
 def effective_rank(t: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def effective_rank(t: Tensor) -> Tensor:
     Raises:
         TypeError: t is not a floating-point tensor.
     """
-    _dispatch.check(t=(t, "... n"))
+    check(t=(t, "... n"))
     return _l1_over_l2(t).square().to(t.dtype)
 
 
@@ -38,7 +38,7 @@ def hoyer(t: Tensor) -> Tensor:
         TypeError: t is not a floating-point tensor.
         RuntimeError: fewer than two entries, which can be neither dense nor sparse.
     """
-    n = _dispatch.check(t=(t, "... n"))["n"]
+    n = check(t=(t, "... n"))["n"]
     if n < 2:
         raise RuntimeError(f"t must have at least 2 entries along its last dimension, got {list(t.shape)}")
     return ((n**0.5 - _l1_over_l2(t)) / (n**0.5 - 1)).to(t.dtype)
@@ -63,6 +63,6 @@ def adversarial_masks(vectors: Tensor) -> Tensor:
     Raises:
         TypeError: vectors is not a floating-point tensor.
     """
-    _dispatch.check(vectors=(vectors, "... n d"))
+    check(vectors=(vectors, "... n d"))
     (wide,) = widen(vectors)
     return torch.linalg.pinv(wide).mT.to(vectors.dtype)

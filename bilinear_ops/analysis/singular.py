@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch
-from bilinear_ops.composite.blocks import recompute
-from bilinear_ops.forms import neuron_gram
+from bilinear_ops._check import check, check_integers
+from bilinear_ops.composite.blockwise import recompute
+from bilinear_ops.interaction.gram import neuron_gram
 
 MODES = ("output", "input")
 TILE = 512  # neurons on each side of a tile of the Gram matrices
@@ -45,8 +45,8 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown mode, or a rank out of range.
     """
-    sizes = _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
-    _dispatch.check_integers(rank=rank)
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    check_integers(rank=rank)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     most = min(sizes["o"], sizes["h"]) if mode == "output" else sizes["d"]

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops import _dispatch
-from bilinear_ops.analysis.layers import reexpress
-from bilinear_ops.analysis.spectra import EigenPairs, interaction_eigh
-from bilinear_ops.composite.blocks import blocks
-from bilinear_ops.entries import check_index
-from bilinear_ops.forms import eigen_form, neuron_gram
-from bilinear_ops.reference.interaction import Directions
+from bilinear_ops._check import check, check_index
+from bilinear_ops.analysis.composition import reexpress
+from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.composite.blockwise import blocks
+from bilinear_ops.interaction.forms import eigen_form
+from bilinear_ops.interaction.gram import neuron_gram
+from bilinear_ops.results import Directions
 
 
 class QuadraticLayer(NamedTuple):
@@ -56,7 +56,7 @@ def truncate(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown which, n out of range; without refit, directions as `reexpress` refuses them.
     """
-    _dispatch.check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
+    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
     outputs = None if directions is None or refit else reexpress(w, v, p, directions).outputs.t().to(p.dtype)
     pairs = interaction_eigh(w, v, p if directions is None else Directions(directions, p), n, which=which)
     if refit:
@@ -103,9 +103,7 @@ def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Te
         IndexError: an index out of range.
     """
     _check_pairs(eig)
-    sizes = _dispatch.check(
-        x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b")
-    )
+    sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b"))
     check_index("indices", indices, sizes["K"], tuple(acts.shape), x)
     k = indices.flatten()
     t = torch.arange(len(x), device=x.device).repeat_interleave(acts.shape[1])
@@ -140,7 +138,7 @@ def truncation_curve(
         ValueError: active_only with classes.
     """
     _check_pairs(eig)
-    sizes = _dispatch.check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
+    sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
     outputs, n = sizes["K"], sizes["n"]
     classes = isinstance(target, Tensor) and target.dtype == torch.int64
     if classes:
@@ -148,7 +146,7 @@ def truncation_curve(
         if active_only:
             raise ValueError("active_only needs a target [T, K], got classes")
     else:
-        _dispatch.check(x=(x, "T d"), values=(eig.values, "K n"), target=(target, "T K"))
+        check(x=(x, "T d"), values=(eig.values, "K n"), target=(target, "T K"))
     right = torch.zeros(n, dtype=torch.int64, device=x.device)
     sums = _Sums(outputs, n, x.device)
     for a, b in blocks(len(x), outputs * n):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("identity", "silu", "swish", "sigmoid", "relu", "gelu", "gelu_tanh")
+from bilinear_ops.results import ACTIVATIONS
 
 
 def activate(z: Tensor, activation: str, beta: float | Tensor = 1.0) -> Tensor:

@@ -1,0 +1,1 @@
+"""What measures: workloads, timing, checks, receipts and their report."""

@@ -1,0 +1,136 @@
+"""Argument checks of the ops: types, dtypes, devices, shapes and ranges, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilinear_ops._impl import needs_reference
+from bilinear_ops.results import SAMPLINGS, Directions
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(**arguments: tuple[object, str]) -> dict[str, int]:
+    """Check types, dtypes, devices and shapes of an op's tensors before any work; returns the named sizes.
+
+    Each argument is given as `(tensor, axes)`. Axes are names, bound to sizes from left to right over all arguments:
+    `check(x=(x, "... d"), w=(w, "h d"), b=(b, "? h"))`. A leading `...` stands for any leading dimensions, a leading
+    `?` allows None. All tensors share the dtype and the device of the first one.
+
+    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}  # which argument a size is that of
+    first: Tensor | None = None
+    first_name = ""
+    for name, (t, spec) in arguments.items():
+        axes = spec.split()
+        if axes[0] == "?":
+            if t is None:
+                continue
+            axes = axes[1:]
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if first is None:
+            first, first_name = t, name
+        if t.dtype != first.dtype:
+            raise RuntimeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+        if t.device != first.device:
+            raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
+        shape: tuple[int, ...] = tuple(t.shape)
+        if axes[0] == "...":
+            axes = axes[1:]
+            shape = shape[max(len(shape) - len(axes), 0) :]
+        bound = dict(sizes)
+        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
+            named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
+            origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
+            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}{origin}")
+        for axis in axes:
+            owner.setdefault(axis, name)
+    return sizes
+
+
+def check_integers(**arguments: object) -> None:
+    """Raise TypeError unless all of these are integers of some kind, bools not among them."""
+    for name, n in arguments.items():
+        if not hasattr(n, "__index__") or isinstance(n, bool):
+            raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+
+
+def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> None:
+    """Check tensors that act on `first` in a float dtype of their own: masks, gates, deltas.
+
+    Each argument is given as `(tensor, shape)`, and must be None or broadcast to the shape on the device of `first`.
+
+    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched device or shape.
+    """
+    for name, (t, shape) in arguments.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        check_place(name, t, first, shape)
+
+
+def check_place(name: str, t: Tensor, first: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`."""
+    if t.device != first.device:
+        raise RuntimeError(f"{name} must be on the device of the other tensors, {first.device}, got {t.device}")
+    if t.dim() > len(shape) or any(
+        n not in (1, expected) for n, expected in zip(t.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise RuntimeError(f"{name} must broadcast to {list(shape)}, got {list(t.shape)}")
+
+
+def check_layer(w: Tensor, v: Tensor, c: Tensor | Directions, basis: Tensor | None = None) -> dict[str, int]:
+    """Check what most interaction ops take; returns the sizes h, d, K, with a basis F, with factors o."""
+    arguments: dict[str, tuple[object, str]] = {"w": (w, "h d"), "v": (v, "h d")}
+    if isinstance(c, Directions):
+        arguments.update({"c.u": (c.u, "K o"), "c.p": (c.p, "o h")})
+    else:
+        arguments["c"] = (c, "K h")
+    return check(**arguments, basis=(basis, "? d F"))
+
+
+def check_index(name: str, index: Tensor, limit: int, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Check an index tensor's dtype, device, shape (None is any size) and, where its values can be read, its range."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if index.device != like.device:
+        raise RuntimeError(f"{name} must be on the device of w, {like.device}, got {index.device}")
+    if index.dim() != len(shape) or any(n not in (None, got) for n, got in zip(shape, index.shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise RuntimeError(f"{name} must have shape [{sizes}], got {list(index.shape)}")
+    if torch.compiler.is_compiling() or needs_reference() or index.device.type == "meta":
+        return
+    if index.numel() and (index.min() < 0 or index.max() >= limit):
+        raise IndexError(f"{name} must be at least 0 and below {limit}, got {index.min()} to {index.max()}")
+
+
+def check_sampling(samples: int, sampling: str) -> None:
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+
+
+def check_seed(seed: object, device: torch.device) -> Tensor:
+    """The seed as an int64 0-dim tensor."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise RuntimeError(f"seed must be an int or have shape [], got {list(seed.shape)}")
+        if seed.device != device:
+            raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
+    return torch.zeros((), dtype=torch.int64, device=device) + seed  # unlike `torch.full`, symbolic under torch.compile

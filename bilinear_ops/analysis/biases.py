@@ -1,0 +1,87 @@
+"""Biases as one more input, and the interaction, linear and constant part of a layer that has them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _op
+from bilinear_ops._check import check
+from bilinear_ops.results import Layer
+
+
+class BiasTerms(NamedTuple):
+    """y = gated_mlp(x, *interaction) + x linear^T + constant."""
+
+    interaction: Layer
+    linear: Tensor  # [o, d]
+    constant: Tensor  # [o]
+
+
+def augment_biases(
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    b_w: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_p: Tensor | None = None,
+) -> Layer:
+    """The layer without biases that equals the biased one on [x, 1]; its tensor holds all of it ([P] App. J).
+
+    b_w and b_v become a last column of w and v. b_p goes through one more neuron, 1 * act(1): this neuron is right
+    for the bilinear layer only, the columns for every activation.
+
+    Args:
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
+        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None for none.
+
+    Returns:
+        (w, v, p), `[h, d + 1]` twice and `[o, h]`; with b_p `[h + 1, d + 1]` twice and `[o, h + 1]`. Differentiable.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    _check_biased(w, v, p, b_w, b_v, b_p)
+    w, v = (torch.cat([t, (t.new_zeros(len(t)) if b is None else b)[:, None]], 1) for t, b in ((w, b_w), (v, b_v)))
+    if b_p is not None:
+        one = w.new_zeros(1, w.shape[1])
+        one[:, -1] = 1
+        w, v, p = torch.cat([w, one]), torch.cat([v, one]), torch.cat([p, b_p[:, None]], 1)
+    return w, v, p
+
+
+@_op.without_autocast
+def bias_terms(
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    b_w: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_p: Tensor | None = None,
+) -> BiasTerms:
+    """A biased bilinear layer as the sum of its interaction, linear and constant parts ([P] App. J).
+
+    Args:
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
+        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None for none.
+
+    Returns:
+        `BiasTerms(interaction, linear, constant)`: the layer (w, v, p), P (b_v * W + b_w * V) `[o, d]`, and
+        P (b_w * b_v) + b_p `[o]`. Differentiable.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    _check_biased(w, v, p, b_w, b_v, b_p)
+    b_w, b_v = (p.new_zeros(p.shape[1]) if b is None else b for b in (b_w, b_v))
+    linear = p @ (b_v[:, None] * w + b_w[:, None] * v)
+    constant = p @ (b_w * b_v)
+    return BiasTerms((w, v, p), linear, constant if b_p is None else constant + b_p)
+
+
+def _check_biased(w: Tensor, v: Tensor, p: Tensor, b_w: Tensor | None, b_v: Tensor | None, b_p: Tensor | None) -> None:
+    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), b_w=(b_w, "? h"), b_v=(b_v, "? h"), b_p=(b_p, "? o"))

@@ -1,0 +1,47 @@
+"""Clusters of inputs that interact, for the order of a heat map."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bilinear_ops._check import check, check_integers
+
+
+def interaction_clusters(q: Tensor, clusters: int) -> list[list[int]]:
+    """The rows of a symmetric matrix in groups that interact alike: average linkage by the cosine of rows.
+
+    Args:
+        q: `[F, F]`.
+        clusters: how many groups, from 1 to F.
+
+    Returns:
+        The indices of each group; neighbours, within a group and from one to the next, were joined early.
+
+    Raises:
+        RuntimeError: q is not square.
+        TypeError: q is not a floating-point tensor.
+        ValueError: clusters out of range, or q not finite.
+    """
+    size = check(q=(q, "F F"))["F"]
+    check_integers(clusters=clusters)
+    if not 1 <= clusters <= size:
+        raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
+    if not q.isfinite().all():
+        raise ValueError("q must be finite to be clustered")
+    rows = normalize(q.detach().double(), dim=1)
+    similarity = (rows @ rows.t()).fill_diagonal_(-math.inf)
+    groups = {i: [i] for i in range(size)}
+    found = [*groups.values()]
+    while len(groups) > 1:
+        a, b = divmod(int(similarity.argmax()), size)
+        joined = (len(groups[a]) * similarity[a] + len(groups[b]) * similarity[b]) / len(groups[a] + groups[b])
+        similarity[a] = similarity[:, a] = joined
+        similarity[a, a] = similarity[b] = similarity[:, b] = -math.inf
+        groups[a] = groups[a] + groups.pop(b)
+        if len(groups) == clusters:
+            found = [*groups.values()]
+    (order,) = groups.values()
+    return sorted(found, key=lambda group: order.index(group[0]))

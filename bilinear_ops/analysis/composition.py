@@ -1,0 +1,118 @@
+"""Two bilinear layers composed, and a layer in other output directions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _op
+from bilinear_ops._check import check
+from bilinear_ops.composite.blockwise import widen
+from bilinear_ops.interaction.gram import layer_inner
+from bilinear_ops.results import Layer
+
+OUTSIDE = 1e-6  # of |B|: what directions may miss by rounding alone
+
+
+class VirtualLayer(NamedTuple):
+    """The second of two layers as a function of the first one's hidden units, to be used as any bilinear layer."""
+
+    w: Tensor  # [h2, h1], or [h2, d + h1] with the residual stream
+    v: Tensor  # as w
+    p: Tensor  # [o, h2]
+    scale: Tensor  # [h1] or [d + h1]: the norms of what its inputs compute; Q_ij scale_i scale_j can be compared
+
+
+class Reexpression(NamedTuple):
+    """B = sum_k outputs_k (x) Q_k with the interaction matrices Q_k of the directions."""
+
+    c: Tensor  # [K, h], coefficients: Q = interaction_matrices(w, v, c)
+    outputs: Tensor  # [K, o], the rows that multiply them; outputs^T c = p
+
+
+def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False) -> VirtualLayer:
+    """How the second layer multiplies the first one's hidden units: its interaction matrices are P1^T Q2 P1.
+
+    They come as a layer, so that nothing `[h1, h1]` is formed unless asked for: `interaction_topk(l.w * l.scale,
+    l.v * l.scale, l.p, n)` ranks them. On the hidden units of the first layer, with any activation,
+    `gated_mlp(hidden, l.w, l.v, l.p)` is `second(first(x))`; with `residual`, on `[x, hidden]`, it is
+    `second(x + first(x))`. What biases do is not in it.
+
+    Args:
+        first: a tuple (w, v, p), `[h1, d]`, `[h1, d]` and `[m, h1]`.
+        second: (w, v, p), `[h2, m]`, `[h2, m]` and `[o, h2]`.
+        residual: whether the second layer reads the first one's input too, so that m = d.
+
+    Returns:
+        `VirtualLayer(w, v, p, scale)`, differentiable. `scale` is |sym(w_h v_h^T)| of the first layer's neurons, by
+        which their arbitrary scale is undone, and 1 for inputs.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    for name, layer in (("first", first), ("second", second)):
+        if not isinstance(layer, tuple | list) or len(layer) != 3:
+            raise TypeError(f"{name} must be (w, v, p), got {type(layer).__name__}")
+    (w1, v1, p1), (w2, v2, p2) = first, second
+    m = "d" if residual else "m"
+    check(
+        **{"first.w": (w1, "h1 d"), "first.v": (v1, "h1 d"), "first.p": (p1, f"{m} h1")},
+        **{"second.w": (w2, f"h2 {m}"), "second.v": (v2, f"h2 {m}"), "second.p": (p2, "o h2")},
+    )
+    w, v, scale = _through(w2, p1), _through(v2, p1), _neuron_norms(w1, v1)
+    if residual:
+        w, v, scale = torch.cat([w2, w], 1), torch.cat([v2, v], 1), torch.cat([scale.new_ones(w1.shape[1]), scale])
+    return VirtualLayer(w, v, p2, scale)
+
+
+@_op.without_autocast
+def _through(w: Tensor, p: Tensor) -> Tensor:
+    return w @ p
+
+
+def _neuron_norms(w: Tensor, v: Tensor) -> Tensor:
+    """|sym(w_h v_h^T)| [h]; fourth powers would leave the range of float16."""
+    dtype = w.dtype
+    w, v = widen(w, v)
+    return (0.5 * (w.square().sum(1) * v.square().sum(1) + (w * v).sum(1).square())).sqrt().to(dtype)
+
+
+def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpression:
+    """The layer through its interaction matrices along given output directions, with nothing lost ([P] App. I).
+
+    `interaction_matrices(w, v, c)` are the directions' matrices, and B = sum_k outputs_k (x) Q_k: the rows `outputs`
+    are those of the directions' pseudo-inverse. They are dual to the directions only where these are independent;
+    the sum is B for more directions than outputs too.
+
+    Args:
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
+        directions: `[K, o]` of full rank, which must span the layer's outputs.
+
+    Returns:
+        `Reexpression(c, outputs)` in w's dtype, float32 for half precision; differentiable.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: directions that are not of full rank, or that some of B's outputs lie outside of.
+    """
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "K o"))
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    most = max(sizes["K"], sizes["o"])
+    w, v, p, u = w.double(), v.double(), p.double(), directions.double()
+    q, r = torch.linalg.qr(u if sizes["K"] >= sizes["o"] else u.t())
+    needed, rank = r.shape[0], int(torch.linalg.matrix_rank(r.detach(), rtol=most * torch.finfo(dtype).eps))
+    if rank < needed:
+        raise ValueError(f"directions must have rank {needed} to span the outputs or be independent, got {rank}")
+    inverse = torch.linalg.solve_triangular(r, q.t(), upper=True)  # of u, or of its transpose
+    outputs = inverse.t() if sizes["K"] >= sizes["o"] else inverse
+    c = u @ p
+    rest = (p - outputs.t() @ c).detach()
+    whole, missed = (layer_inner(w.detach(), v.detach(), t, w.detach(), v.detach(), t) for t in (p.detach(), rest))
+    if missed > OUTSIDE**2 * whole:
+        share = (missed / whole).sqrt().item()
+        raise ValueError(f"directions must span the layer's outputs, but {share:.1%} of |B| lies outside of them")
+    return Reexpression(c.to(dtype), outputs.to(dtype))

@@ -1,0 +1,1 @@
+"""Eigenpairs of interaction matrices: solvers, their operators and their gradient."""

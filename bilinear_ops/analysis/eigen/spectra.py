@@ -1,0 +1,146 @@
+"""Eigenpairs of a bilinear layer's interaction matrices: the public function and its choices ([P] eq. 2-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _op
+from bilinear_ops._check import check_integers, check_layer
+from bilinear_ops.analysis.eigen.eigensolvers import Solution, compress, extremes_first, plan, solve
+from bilinear_ops.analysis.eigen.gradient import differentiable
+from bilinear_ops.analysis.eigen.operators import product
+from bilinear_ops.analysis.singular import fix_signs
+from bilinear_ops.composite.blockwise import widen
+from bilinear_ops.results import Directions, coefficients
+
+WHICH = ("abs", "positive", "negative", "both")
+METHODS = ("auto", "dense", "iterative")
+
+
+class EigenPairs(NamedTuple):
+    """Eigenpairs of K symmetric matrices, and how far they can be trusted.
+
+    Args:
+        values: `[K, n]`.
+        vectors: `[K, n, d]`, unit rows.
+        residuals: `[K, n]`, |Q u - lambda u|.
+        converged: `[K]`, bool: the search ended, and every residual is within tol of the largest |lambda|.
+        next_abs: `[K]`, the largest |lambda| left out: |error in x^T Q x| <= next_abs |x|^2.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    next_abs: Tensor
+
+
+@_op.without_autocast
+def interaction_eigh(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    n: int | None = None,
+    *,
+    which: str = "abs",
+    basis: Tensor | None = None,
+    method: str = "auto",
+    tol: float = 1e-4,
+    chunk_bytes: int = 1 << 28,
+    progress: bool = False,
+) -> EigenPairs:
+    """The leading eigenpairs of Q_k = sum_h C_kh sym(w_h v_h^T), one matrix an output direction ([P] eq. 2-3).
+
+    Differentiable once, in values and vectors; no gradient of Q is formed. Of equal eigenvalues among those returned,
+    the gradient is right for what depends on the space they span; one left out that equals one returned has none.
+
+    Args:
+        w, v, c: as for `interaction_matrices`.
+        n: how many; all of them for None (of each end half, for "both").
+        which: "abs" for the largest by magnitude, "positive" for the algebraically largest, "negative" for the
+            smallest, the most extreme first; "both" for n largest, then n smallest.
+        basis: `[d, F]`: eigenvectors of D^T Q_k D, in the feature basis; an embedding folded in.
+        method: "dense" forms each Q_k and decomposes it; "iterative" finds the leading pairs by products with it (in
+            dimensions so few that its subspace would be all of them, it is dense); "auto" does what costs least, and
+            the former for a direction in which the latter did not converge.
+        tol: the residual |Q u - lambda u|, relative to the largest |lambda| of its matrix, that counts as converged.
+        chunk_bytes: what the workspace of some directions at a time may take; at least one is done at a time.
+        progress: show a bar over the directions; needs tqdm.
+
+    Returns:
+        `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. From the iterative method
+        `next_abs` is an estimate from above, by the pairs next to those returned. A matrix that is not finite has NaN
+        for eigenpairs, and did not converge.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices; in backward, a gradient that does not exist, or
+            create_graph=True.
+        TypeError: an argument that is not a floating-point tensor, or n not an int.
+        ValueError: unknown which or method; n, tol or chunk_bytes out of range.
+        ModuleNotFoundError: progress without tqdm.
+    """
+    sizes = check_layer(w, v, c, basis)
+    d = sizes["d"] if basis is None else sizes["F"]
+    if which not in WHICH:
+        raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}")
+    most = d // 2 if which == "both" else d
+    n = most if n is None else n
+    check_integers(n=n, chunk_bytes=chunk_bytes)
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    if not 0 <= n <= most:
+        raise ValueError(f'n must be from 0 to {most} for {d} dimensions and which="{which}", got {n}')
+
+    dtype = w.dtype
+    w, v, basis = widen(w, v, basis)
+    c = Directions(*widen(*c)) if isinstance(c, Directions) else widen(c)[0]
+    count = 2 * n if which == "both" else n
+    order = partial(extremes_first, n=n, which=which)
+    with torch.no_grad():
+        layer = compress(w, v, basis, count)
+    h, d = layer.w.shape
+    way = plan(method, sizes["K"], h, d, count)
+    parts = []
+    for part in _chunks(c, max(1, chunk_bytes // (way.workspace * w.itemsize)), progress):
+        with torch.no_grad():
+            solution = solve(layer, part, count, order, tol, way, refine=method == "auto")
+        parts.append(_examined(solution, partial(product, w, v, coefficients(part), basis=basis), tol))
+    joined = (torch.cat(t) for t in zip(*parts, strict=True))
+    return EigenPairs(*(t if t.dtype == torch.bool else t.to(dtype) for t in joined))
+
+
+def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tensor | Directions]:
+    rows = c.u if isinstance(c, Directions) else c
+    bar = None
+    if progress:
+        try:
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
+        bar = tqdm(total=len(rows), unit="direction")
+    for part in rows.split(step):
+        yield Directions(part, c.p) if isinstance(c, Directions) else part
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
+
+
+def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
+    """The pairs with their residuals and derivatives, both of the layer as it was given, whatever was solved."""
+    values, vectors = solution.values, fix_signs(solution.vectors)
+    products = multiply(vectors)
+    residuals = (products.detach() - values.unsqueeze(2) * vectors).norm(dim=2)
+    converged = solution.found & (residuals <= tol * solution.largest.unsqueeze(1)).all(1)
+    if products.requires_grad:
+        values, vectors = differentiable(products, values, vectors, multiply)
+    return EigenPairs(values, vectors, residuals, converged, solution.next_abs)

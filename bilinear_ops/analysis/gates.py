@@ -1,0 +1,91 @@
+"""The gates of SwiGLU as a decomposition of the bilinear layer, and even and odd parts of a layer ([A], [B])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilinear_ops import _op
+from bilinear_ops._check import check
+
+GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
+
+
+class EvenOdd(NamedTuple):
+    """fn(x) = even + odd, of which only the second changes its sign with x."""
+
+    even: Tensor
+    odd: Tensor
+
+
+def glu_gates(
+    x: Tensor, v: Tensor, activation: str, *, b_v: Tensor | None = None, beta: float | Tensor = 1.0
+) -> Tensor:
+    """s(z) at z = x v^T + b_v, where act(z) = z s(z): what multiplies each rank-1 term p_i (x) w_i (x) v_i ([B]).
+
+    A gated layer is the bilinear layer with the same weights and these gates on its hidden units:
+    `gated_mlp(x, w, v, p, activation=act) = (glu_gates(x, v, act) * gated_bilinear(x, w, v)) p^T`.
+
+    Args:
+        x: `[..., d]`.
+        v: `[h, d]`.
+        activation: silu, swish, relu, gelu (erf), gelu_tanh, or identity, whose gates are 1.
+        b_v: `[h]`.
+        beta: slope of swish.
+
+    Returns:
+        `[..., h]`, in [0, 1], differentiable; of relu 1/2 at z = 0, where any would do, so that s(z) + s(-z) is 1.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: an activation that is not z s(z) with bounded s, such as sigmoid; a beta without swish.
+    """
+    x, v, b_v = _op.autocast(x, v, b_v)
+    check(x=(x, "... d"), v=(v, "h d"), b_v=(b_v, "? h"))
+    if activation not in GATES:
+        raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
+    if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
+        raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
+    z = F.linear(x, v, b_v)
+    if activation == "identity":
+        return torch.ones_like(z)
+    if activation == "relu":
+        return 0.5 * (1 + z.sign())
+    if activation == "gelu":
+        return torch.special.ndtr(z)
+    if activation == "gelu_tanh":
+        return torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z**3))
+    return torch.sigmoid(beta * z)
+
+
+def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
+    """fn(x) as [fn(x) + fn(-x)] / 2 plus [fn(x) - fn(-x)] / 2.
+
+    Theorem. Let S be a gated layer without biases whose activation is z s(z) with s(z) + s(-z) = 1: silu, swish with
+    any beta, gelu in both forms, relu. Let S_bil be the bilinear layer with the same weights. Then for every x
+
+        S(x) + S(-x) = S_bil(x),
+
+    so that the even part of S is S_bil / 2, and by the triangle inequality max(|S(x)|, |S(-x)|) >= |S_bil(x)| / 2:
+    of each input and its negative, at least one keeps half the bilinear layer's strength. ([A] has it in the limit of
+    large x.) Proof: neuron h adds (w.x)(v.x) s(v.x) p_h to S(x) and (w.x)(v.x) s(-v.x) p_h to S(-x).
+
+    Args:
+        fn: from `[..., d]` to `[..., o]`.
+        x: `[..., d]`.
+
+    Returns:
+        `EvenOdd(even, odd)`, `[..., o]` each; differentiable.
+
+    Raises:
+        TypeError: x that is not a floating-point tensor.
+    """
+    check(x=(x, "... d"))
+    there, back = fn(x), fn(-x)
+    return EvenOdd(0.5 * (there + back), 0.5 * (there - back))

@@ -1,0 +1,1 @@
+"""Interaction tensors without forming what need not exist."""

@@ -1,0 +1,1 @@
+"""Rank-1 subcomponents a block of tokens at a time."""

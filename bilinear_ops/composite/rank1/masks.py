@@ -1,0 +1,84 @@
+"""The draws of stochastic masks, a block at a time: the words stay in cache and nothing else is held.
+
+The numbers are those of `bilinear_ops.reference.rank1.masks`, whose docstring says how a word follows from its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# words a block: 256 KiB and as much scratch stay in a core's second-level cache; other devices want few launches
+BLOCK = 1 << 15
+DEVICE_BLOCK = 1 << 24
+
+# splitmix64's constants as signed 64-bit words
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
+PAIR_BITS = 24
+
+
+def mask_site(stream: int) -> int:
+    """The site that draws the masks of a stream."""
+    return 2 * stream
+
+
+def delta_site(stream: int) -> int:
+    """The site that draws the deltas of a stream."""
+    return 2 * stream + 1
+
+
+def blend(gates: Tensor, r: Tensor) -> Tensor:
+    """g + (1 - g) r, each operation rounded."""
+    return gates + (1 - gates) * r
+
+
+def sample_states(seed: Tensor, site: int, samples: int) -> Tensor:
+    """The states [samples] of the samples of one site: seed int64 []."""
+    state = seed + torch.full_like(seed, site + 1) * GOLDEN  # a tensor, whose product wraps
+    _mix_(state, torch.empty_like(state))
+    states = state + torch.arange(1, samples + 1, device=seed.device) * GOLDEN
+    _mix_(states, torch.empty_like(states))
+    return states
+
+
+def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> Tensor:
+    """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
+    out = torch.empty(samples, rows, columns, device=seed.device)
+    for sample, state in zip(out, sample_states(seed, site, samples), strict=True):
+        for block, u in uniform_blocks(state, 0, rows, columns):
+            sample[block] = u
+    return out
+
+
+def uniform_blocks(state: Tensor, start: int, stop: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows start to stop of one sample, a few at a time: (their slice, float32 [rows, columns]).
+
+    Every block lies in the same memory, which the caller may write until it asks for the next one.
+    """
+    pairs = (columns + 1) // 2
+    if pairs == 0:
+        return
+    block = BLOCK if state.device.type == "cpu" else DEVICE_BLOCK
+    height = min(max(block // pairs, 1), max(stop - start, 1))
+    offsets = torch.arange(1, pairs + 1, device=state.device) * GOLDEN + state  # [pairs]
+    words, scratch = torch.empty(2, height, pairs, dtype=torch.int64, device=state.device)
+    u = torch.empty(height, 2 * pairs, device=state.device)
+    for first in range(start, stop, height):
+        n = min(height, stop - first)
+        row = (torch.arange(first, first + n, device=state.device) << PAIR_BITS) * GOLDEN
+        torch.add(row[:, None], offsets, out=words[:n])
+        _mix_(words[:n], scratch[:n])
+        torch.bitwise_right_shift(words[:n].view(torch.int32), 8, out=scratch[:n].view(torch.int32))
+        yield slice(first, first + n), u[:n].copy_(scratch[:n].view(torch.int32)).mul_(2.0**-24).add_(0.5)[:, :columns]
+
+
+def _mix_(words: Tensor, scratch: Tensor) -> None:
+    for bits, factor in ((30, MIX_1), (27, MIX_2), (31, None)):
+        torch.bitwise_right_shift(words, bits, out=scratch)
+        words.bitwise_xor_(scratch.bitwise_and_((1 << (64 - bits)) - 1))
+        if factor is not None:
+            words.mul_(factor)

@@ -1,0 +1,127 @@
+"""Quadratic and eigenvector forms: the public functions and the op of chosen pairs (docs/math.md 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import check, check_index
+from bilinear_ops.composite.interaction import forms as composite
+from bilinear_ops.results import REDUCTIONS
+
+
+@_op.without_autocast
+def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
+    """x^T Q_k x for every matrix: what direction k of a bilinear layer answers to x ([P] eq. 2).
+
+    Args:
+        x: `[..., d]`.
+        q: `[K, d, d]`, or packed `[K, d(d+1)/2]`.
+
+    Returns:
+        `[..., K]`.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices; a packed length that is not d(d+1)/2.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    packed = isinstance(q, Tensor) and q.dim() == 2
+    sizes = check(x=(x, "... d"), q=(q, "K n" if packed else "K d d"))
+    length = sizes["d"] * (sizes["d"] + 1) // 2
+    if packed and sizes["n"] != length:
+        raise RuntimeError(f"q must have shape [K, {length}] for d={sizes['d']}, got {list(q.shape)}")
+    if _impl.needs_reference():
+        return reference.quadratic_form(x, q)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return composite.quadratic_form(rows, q).view(*x.shape[:-1], q.shape[0])
+
+
+@_op.without_autocast
+def eigen_form(
+    x: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    reduce: str = "sum",
+) -> Tensor:
+    """sum_i values[k, i] (vectors[k, i] . x)^2, the quadratic form of eigenpairs ([P] eq. 3).
+
+    Args:
+        x: `[..., d]`; `[M, d]` with `pairs`.
+        values, vectors: `[K, r]` and `[K, r, d]`; eigenvectors are rows: of `torch.linalg.eigh` pass `vectors.mT`.
+        pairs: `(t, k)`, int64 `[N]` each: only these rows of x with these outputs.
+        reduce: "sum" over i; "cumsum" for all truncations at once; "none" for each eigenvector's term.
+
+    Returns:
+        `[..., K]`, or `[N]` with `pairs`; for "cumsum" and "none" with a last dimension r.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
+        IndexError: an index out of range.
+        ValueError: unknown reduce.
+    """
+    sizes = check(x=(x, "... d" if pairs is None else "M d"), values=(values, "K r"), vectors=(vectors, "K r d"))
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if pairs is not None:
+        t, k = pairs
+        check_index("k", k, sizes["K"], (None,), x)
+        check_index("t", t, sizes["M"], tuple(k.shape), x)
+    if _impl.needs_reference():
+        return reference.eigen_form(x, values, vectors, pairs=pairs, reduce=reduce)
+    if pairs is not None:
+        return eigen_pairs_op(x, values, vectors, *pairs, reduce)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return (
+        composite.eigen_form(rows, values, vectors, reduce)
+        .unflatten(0, x.shape[:-1] or (1,))
+        .view(*x.shape[:-1], *values.shape[: 1 if reduce == "sum" else 2])
+    )
+
+
+def _pairs_fake(x, values, vectors, t, k, reduce):
+    return x.new_empty(k.shape[0], *([] if reduce == "sum" else [values.shape[1]]))
+
+
+def _pairs_backward_fake(dout, x, values, vectors, t, k, reduce, need):
+    return tuple(a.new_empty(a.shape if needed else 0) for a, needed in zip((x, values, vectors), need, strict=True))
+
+
+eigen_pairs_op = _op.register(
+    "eigen_pairs(Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce) -> Tensor",
+    composite.eigen_pairs,
+    _pairs_fake,
+)
+eigen_pairs_backward_op = _op.register(
+    "eigen_pairs_backward(Tensor dout, Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce, "
+    "bool[] need) -> (Tensor, Tensor, Tensor)",
+    composite.eigen_pairs_backward,
+    _pairs_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.reduce = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, vectors, t, k = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+
+        def form(x: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+            return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=ctx.reduce)
+
+        found = _op.differentiable_gradients(form, (x, values, vectors), need, dout)
+    else:
+        found = eigen_pairs_backward_op(dout, x, values, vectors, t, k, ctx.reduce, need)
+    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
+
+
+_op.register_autograd(eigen_pairs_op, _autograd, _setup_context)

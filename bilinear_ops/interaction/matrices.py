@@ -1,0 +1,190 @@
+"""Interaction matrices of a bilinear layer: the public functions, the op and its backward (docs/math.md 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import check, check_layer
+from bilinear_ops.composite.interaction import matrices as composite
+from bilinear_ops.results import LAYOUTS, Directions
+
+
+@_op.without_autocast
+def interaction_matrices(
+    w: Tensor, v: Tensor, c: Tensor | Directions, *, layout: str = "full", impl: str = "auto"
+) -> Tensor:
+    """Q_k = sum_h C_kh sym(w_h v_h^T), the symmetric interaction matrices of K output directions ([P] 3.1).
+
+    x^T Q_k x is direction k of the bilinear layer's output. The tensor [h, d, d] is never formed.
+
+    Args:
+        w, v: `[h, d]` up-projections.
+        c: `[K, h]` coefficients, directions times the down-projection; or `Directions(u, p)`, whose low rank is used.
+        layout: "full", or "packed" for the entries i <= j row by row, not scaled off the diagonal.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[K, d, d]`, equal to its transpose to the bit, or `[K, d(d+1)/2]`; half precision is summed in float32.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: unknown layout or impl.
+    """
+    check_layer(w, v, c)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    impl = _impl.resolve(impl, w)
+    if _impl.needs_reference():
+        return reference.interaction_matrices(w, v, c, layout=layout)
+    return interaction_op(w, v, *factors(c), layout == "packed", impl)
+
+
+def iter_interaction_matrices(
+    w: Tensor, v: Tensor, c: Tensor | Directions, *, layout: str = "full", chunk_bytes: int, impl: str = "auto"
+) -> Iterator[tuple[slice, Tensor]]:
+    """The matrices in chunks of directions, for a K whose `interaction_matrices` would not fit in memory.
+
+    Args:
+        w, v, c, layout, impl: as for `interaction_matrices`.
+        chunk_bytes: what the tensors of a chunk, its workspace and the chunk before it, which the caller's loop may
+            still hold, take together at most. Not counted are a library's own buffers (a few MB), and what tuning takes
+            while it measures and by what it prefers.
+
+    Yields:
+        (slice of the directions, their matrices), in order; each chunk is a tensor of its own.
+
+    Raises:
+        as `interaction_matrices`; ValueError for a budget that does not hold one direction.
+    """
+    sizes = check_layer(w, v, c)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    impl = _impl.resolve(impl, w)
+    step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes, impl)
+    return _chunks(w, v, c, layout, step, impl)
+
+
+def _chunks(
+    w: Tensor, v: Tensor, c: Tensor | Directions, layout: str, step: int, impl: str
+) -> Iterator[tuple[slice, Tensor]]:
+    rows = c.u if isinstance(c, Directions) else c
+    for start in range(0, rows.shape[0], step):
+        chunk = slice(start, min(start + step, rows.shape[0]))
+        part = Directions(c.u[chunk], c.p) if isinstance(c, Directions) else c[chunk]
+        yield chunk, interaction_matrices(w, v, part, layout=layout, impl=impl)
+
+
+def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, impl: str) -> int:
+    """The most directions that two chunks and the workspace of one leave within the budget."""
+    d, workspace = w.shape[1], _backend(impl).workspace
+
+    def needed(outputs: int) -> int:
+        result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
+        return 2 * result + workspace(outputs, o, packed, w) * max(4, w.itemsize)
+
+    if needed(1) > chunk_bytes:
+        raise ValueError(f"chunk_bytes must be at least {needed(1)} for one direction at a time, got {chunk_bytes}")
+    low, high = 1, max(1, directions)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle) <= chunk_bytes else (low, middle - 1)
+    return low
+
+
+def pack_symmetric(q: Tensor) -> Tensor:
+    """The entries i <= j of symmetric matrices, row by row: `[..., d, d]` -> `[..., d(d+1)/2]`, as they are.
+
+    Raises RuntimeError where the matrices are not square, TypeError for anything but a floating-point tensor.
+    """
+    sizes = check(q=(q, "... d e"))
+    if sizes["d"] != sizes["e"]:
+        raise RuntimeError(f"q must have shape [..., d, d], got {list(q.shape)}")
+    return composite.pack_symmetric(q)
+
+
+def unpack_symmetric(t: Tensor, d: int) -> Tensor:
+    """The symmetric matrices of a packed tensor: `[..., d(d+1)/2]` -> `[..., d, d]`, equal to their transposes.
+
+    Raises RuntimeError where the packed length is not d(d+1)/2, TypeError for anything but a floating-point tensor.
+    """
+    sizes = check(t=(t, "... n"))
+    if sizes["n"] != d * (d + 1) // 2:
+        raise RuntimeError(f"t must have shape [..., {d * (d + 1) // 2}] for d={d}, got {list(t.shape)}")
+    return composite.unpack_symmetric(t, d)
+
+
+def factors(c: Tensor | Directions) -> tuple[Tensor, Tensor | None]:
+    """c as the registered ops take it: coefficients alone, or p and u."""
+    return (c.p, c.u) if isinstance(c, Directions) else (c, None)
+
+
+def launchers():
+    """The kernels' side, imported at the first launch."""
+    from bilinear_ops.kernels.interaction import matrices
+
+    return matrices
+
+
+def _backend(impl: str) -> Any:
+    return launchers() if impl == "triton" else composite
+
+
+def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
+    return _backend(impl).interaction_matrices(w, v, c, u, packed)
+
+
+def _forward_fake(w, v, c, u, packed, impl):
+    outputs, d = (c if u is None else u).shape[0], w.shape[1]
+    return w.new_empty(outputs, d * (d + 1) // 2) if packed else w.new_empty(outputs, d, d)
+
+
+def _backward(
+    dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool], impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dw, dv, dc, du), each empty unless needed."""
+    return _backend(impl).interaction_matrices_backward(dq, w, v, c, u, need)
+
+
+def _backward_fake(dq, w, v, c, u, need, impl):
+    shapes = [t.shape if needed else (0,) for t, needed in zip((w, v, c, u), need, strict=True)]
+    return tuple(w.new_empty(shape) for shape in shapes)
+
+
+interaction_op = _op.register(
+    "interaction(Tensor w, Tensor v, Tensor c, Tensor? u, bool packed, str impl) -> Tensor", _forward, _forward_fake
+)
+interaction_backward_op = _op.register(
+    "interaction_backward(Tensor dq, Tensor w, Tensor v, Tensor c, Tensor? u, bool[] need, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.packed, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, dq: Tensor) -> tuple[Tensor | None, ...]:
+    w, v, c, u = tensors = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    if torch.is_grad_enabled():
+
+        def matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Tensor:
+            c_or_factors = c if u is None else Directions(u, c)
+            return reference.interaction_matrices(w, v, c_or_factors, layout="packed" if ctx.packed else "full")
+
+        found = _op.differentiable_gradients(matrices, tensors, need, dq)
+    else:
+        found = interaction_backward_op(dq, w, v, c, u, need, ctx.impl)
+    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None
+
+
+_op.register_autograd(interaction_op, _autograd, _setup_context)

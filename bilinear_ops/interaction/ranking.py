@@ -1,0 +1,161 @@
+"""The strongest interactions and moments over all of them, streamed: the public functions and their registered ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import check, check_layer
+from bilinear_ops.composite.interaction import ranking as composite
+from bilinear_ops.interaction.entries import interaction_entries
+from bilinear_ops.interaction.matrices import _backend, factors
+from bilinear_ops.results import (
+    SCOPES,
+    SCORES,
+    Directions,
+    InteractionMoments,
+    TopInteractions,
+)
+
+
+@_op.without_autocast
+def interaction_topk(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    n: int,
+    *,
+    score: str = "cross",
+    scope: str = "output",
+    weight: Tensor | Callable[[int], Tensor] | None = None,
+    basis: Tensor | None = None,
+    impl: str = "auto",
+) -> TopInteractions:
+    """The n strongest interactions by magnitude, of every output or of all together, with no [K, F, F] in memory.
+
+    Args:
+        w, v, c: as for `interaction_matrices`.
+        n: how many; at most the number of scored pairs.
+        score: "cross" 2 Q_ij of pairs i < j, "self" Q_ii, "pair" both ranked together, "entry" Q_ij of i <= j.
+        scope: "output" ranks within every output, "global" over all of them.
+        weight: multiplies the score for ranking only, as co-activation does: `[F, F]` (or `[d, d]` without a basis),
+            `[K, F, F]`, or a function of the output's number that returns `[F, F]`; read at i <= j.
+        basis: `[d, F]` directions of features.
+        impl: as for `interaction_matrices`.
+
+    Returns:
+        `TopInteractions(values, k, i, j)` in falling rank, ties by (k, i, j): `[K, n]`, or `[n]` for scope "global".
+        Values carry gradients, indices do not.
+
+    Raises:
+        RuntimeError, TypeError: as `interaction_matrices`.
+        ValueError: unknown score, scope or impl, or n out of range.
+    """
+    sizes = check_layer(w, v, c, basis)
+    features = sizes["d"] if basis is None else sizes["F"]
+    _check_ranking(n, score, scope, sizes["K"], features)
+    if isinstance(weight, Tensor):
+        check(w=(w, "h d"), weight=(weight, "K i j" if weight.dim() == 3 else "i j"))
+        if weight.shape[-2:] != (features, features) or weight.dim() == 3 and weight.shape[0] != sizes["K"]:
+            expected = f"[{features}, {features}] or [{sizes['K']}, {features}, {features}]"
+            raise RuntimeError(f"weight must have shape {expected}, got {list(weight.shape)}")
+    impl = _impl.resolve(impl, w)
+    if _impl.needs_reference():
+        return reference.interaction_topk(w, v, c, n, score=score, scope=scope, weight=weight, basis=basis)
+    tensors = (w, v, *factors(c), basis)
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+    # a function cannot pass through a registered op
+    select: Callable[..., tuple[Tensor, ...]] = topk_op if weight is None or isinstance(weight, Tensor) else _topk
+    with torch.no_grad():
+        detached = [None if t is None else t.detach() for t in tensors]
+        top = TopInteractions(*select(*detached, weight, n, score, scope, impl))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return top
+    k, i, j = (index.flatten() for index in top[1:])
+    values = interaction_entries(w, v, c, k, i, j, basis=basis)
+    if score in ("cross", "pair"):
+        values = values * (1 + (i != j).long())  # a pair counts Q_ij and Q_ji
+    return top._replace(values=values.view(top.k.shape))
+
+
+def interaction_moments(
+    w: Tensor, v: Tensor, c: Tensor | Directions, *, basis: Tensor | None = None, impl: str = "auto"
+) -> InteractionMoments:
+    """Power sums and the largest magnitude over each output's entries i <= j, streamed; not differentiable.
+
+    Args:
+        w, v, c, impl: as for `interaction_matrices`.
+        basis: `[d, F]` directions of features.
+
+    Returns:
+        `InteractionMoments(sum, squares, cubes, fourths, max_abs)`, each `[K]`, in float32 or better.
+
+    Raises:
+        as `interaction_matrices`.
+    """
+    check_layer(w, v, c, basis)
+    impl = _impl.resolve(impl, w)
+    if _impl.needs_reference():
+        return reference.interaction_moments(w, v, c, basis=basis)
+    tensors = [None if t is None else t.detach() for t in (w, v, *factors(c), basis)]
+    return InteractionMoments(*moments_op(*tensors, impl))
+
+
+def _check_ranking(n: int, score: str, scope: str, outputs: int, features: int) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    pairs = {"self": features, "cross": features * (features - 1) // 2}.get(score, features * (features + 1) // 2)
+    most = pairs * outputs if scope == "global" else pairs
+    if not 0 <= n <= most:
+        raise ValueError(f"n must be from 0 to the number of scored pairs, {most}, got {n}")
+
+
+def _topk(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor,
+    u: Tensor | None,
+    basis: Tensor | None,
+    weight: composite.Weight,
+    n: int,
+    score: str,
+    scope: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, _backend(impl).interaction_matrices)
+
+
+def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
+    shape = (n,) if scope == "global" else ((c if u is None else u).shape[0], n)
+    return w.new_empty(shape), *(w.new_empty(shape, dtype=torch.int64) for _ in range(3))
+
+
+def _moments(
+    w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return composite.interaction_moments(w, v, c, u, basis, _backend(impl).interaction_matrices)
+
+
+def _moments_fake(w, v, c, u, basis, impl):
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return tuple(w.new_empty((c if u is None else u).shape[0], dtype=wide) for _ in range(5))
+
+
+topk_op = _op.register(
+    "interaction_topk(Tensor w, Tensor v, Tensor c, Tensor? u, Tensor? basis, Tensor? weight, SymInt n, str score, "
+    "str scope, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _topk,
+    _topk_fake,
+)
+moments_op = _op.register(
+    "interaction_moments(Tensor w, Tensor v, Tensor c, Tensor? u, Tensor? basis, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _moments,
+    _moments_fake,
+)

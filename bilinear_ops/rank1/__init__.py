@@ -1,0 +1,25 @@
+"""Rank-1 subcomponents of linear maps: the third family of ops."""
+
+from bilinear_ops.rank1.accumulate import rank1_accumulate
+from bilinear_ops.rank1.losses import (
+    faithfulness_loss,
+    importance_minimality,
+    lower_leaky_hard_sigmoid,
+    upper_leaky_hard_sigmoid,
+)
+from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
+from bilinear_ops.rank1.masks import stochastic_delta, stochastic_mask
+from bilinear_ops.rank1.sparse import rank1_sparse
+
+__all__ = [
+    "faithfulness_loss",
+    "importance_minimality",
+    "lower_leaky_hard_sigmoid",
+    "rank1_accumulate",
+    "rank1_linear",
+    "rank1_sparse",
+    "stochastic_delta",
+    "stochastic_mask",
+    "stochastic_rank1_linear",
+    "upper_leaky_hard_sigmoid",
+]

@@ -1,0 +1,435 @@
+"""Masked rank-1 subcomponents: the public functions, the registered op and its backward (docs/math.md 3)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import check, check_beside, check_place, check_sampling, check_seed
+from bilinear_ops.composite.rank1 import masked as composite
+from bilinear_ops.rank1.masks import stochastic_delta
+from bilinear_ops.reference.rank1.masked import apply
+from bilinear_ops.results import Masks
+
+
+def rank1_linear(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    delta: Tensor | None = None,
+    routing: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """((x R) * m) L + bias: a linear map as C rank-1 subcomponents, masked for each token ([SPD]).
+
+    Args:
+        x: `[..., d_in]` inputs.
+        read, write: `[d_in, C]` and `[C, d_out]` subcomponents.
+        mask: broadcasts to `[..., C]`; without it all subcomponents are on.
+        bias: `[d_out]`.
+        weight: `[d_out, d_in]` original weight, which delta and routing refer to.
+        delta: broadcasts to `[...]`: how much of the remainder weight - (R L)^T to add, never forming it.
+        routing: bool, broadcasts to `[...]`: where False the token goes through weight instead.
+        impl: "auto", "triton" or "torch".
+
+    mask and delta may have any floating dtype; they are used in float32 or better.
+
+    Returns:
+        `[..., d_out]`, contiguous, in x's dtype.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
+        TypeError: an argument that is not a floating-point tensor, routing that is not a bool tensor.
+        ValueError: delta or routing without weight, unknown impl.
+    """
+    x, read, write, bias, weight = _op.autocast(x, read, write, bias, weight)
+    sizes = _check(x, read, write, bias, weight, delta, routing, None)
+    lead = x.shape[:-1]
+    check_beside(x, mask=(mask, (*lead, sizes["c"])), delta=(delta, lead))
+    impl = _impl.resolve(impl, x)
+    if _impl.needs_reference() or (mask is None and delta is None and routing is None):
+        y = reference.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing)
+        return y.contiguous()
+    mask = x.new_ones(1, sizes["c"]) if mask is None else mask
+    delta = None if delta is None else delta.expand(lead)[None]
+    y = _masked(x, read, write, None, mask, None, None, bias, weight, delta, routing, "given", 1, 0, impl)
+    return y[0]
+
+
+def stochastic_rank1_linear(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    *,
+    samples: int = 1,
+    seed: int | Tensor | None = None,
+    sampling: str = "continuous",
+    weight: Tensor | None = None,
+    delta: Tensor | str | None = None,
+    routing: Tensor | None = None,
+    acts: Tensor | None = None,
+    stream: int = 0,
+    source: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
+
+    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs, whatever the number of samples.
+    `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
+
+    Args:
+        x, read, write, bias, weight, routing, impl: as for `rank1_linear`.
+        gates: broadcasts to `[..., C]`: causal importances in [0, 1]; other values are not refused.
+        samples: number of masks.
+        seed: int or int64 0-dim tensor, needed wherever something is drawn; no value of it recompiles.
+        sampling: "continuous", r ~ U(0, 1), or "binomial", r ~ Bernoulli(1/2).
+        delta: broadcasts to `[samples, ...]`, or "uniform", drawn for each sample and token.
+        acts: `[..., C]`, x R where the caller has it already; gradients then go through it.
+        stream: int that keeps two sites with one seed apart.
+        source: broadcasts to `[samples, ..., C]`: used for r instead of drawing.
+
+    Returns:
+        `[samples, ..., d_out]`, contiguous, in x's dtype.
+
+    Raises:
+        as `rank1_linear`, and
+        TypeError: no seed where something is drawn.
+        ValueError: samples below 1, unknown sampling or delta.
+    """
+    x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
+    sizes = _check(x, read, write, bias, weight, delta, routing, acts)
+    check_sampling(samples, sampling)
+    lead, full = x.shape[:-1], (*x.shape[:-1], sizes["c"])
+    check_beside(x, gates=(gates, full), source=(source, (samples, *full)))
+    if gates is None:
+        raise TypeError("gates must be a torch.Tensor, got NoneType")
+    if isinstance(delta, str):
+        if delta != "uniform":
+            raise ValueError(f'delta must be a tensor or "uniform", got {delta!r}')
+        seed = check_seed(seed, x.device)
+        delta = stochastic_delta(lead, samples=samples, seed=seed, device=x.device, stream=stream, impl=impl)
+    else:
+        check_beside(x, delta=(delta, (samples, *lead)))
+    seed = check_seed(seed, x.device) if source is None else None
+    impl = _impl.resolve(impl, x)
+    if _impl.needs_reference():
+        return reference.stochastic_rank1_linear(
+            x, read, write, gates, bias, samples=samples, seed=seed, sampling=sampling, weight=weight, delta=delta,
+            routing=routing, acts=acts, stream=stream, source=source,
+        ).contiguous()  # fmt: skip
+    delta = None if delta is None else delta.expand(samples, *lead)
+    kind = sampling if source is None else "source"
+    return _masked(x, read, write, acts, gates, source, seed, bias, weight, delta, routing, kind, samples, stream, impl)
+
+
+def _check(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    delta: object,
+    routing: object,
+    acts: Tensor | None,
+) -> dict[str, int]:
+    sizes = check(
+        x=(x, "... i"),
+        read=(read, "i c"),
+        write=(write, "c o"),
+        bias=(bias, "? o"),
+        weight=(weight, "? o i"),
+        acts=(acts, "? ... c"),
+    )
+    if acts is not None and acts.shape[:-1] != x.shape[:-1]:
+        raise RuntimeError(f"acts must have shape {[*x.shape[:-1], sizes['c']]}, got {list(acts.shape)}")
+    if routing is not None:
+        if not isinstance(routing, Tensor) or routing.dtype != torch.bool:
+            got = routing.dtype if isinstance(routing, Tensor) else type(routing).__name__
+            raise TypeError(f"routing must be a bool tensor, got {got}")
+        check_place("routing", routing, x, x.shape[:-1])
+    for name, argument in (("delta", delta), ("routing", routing)):
+        if argument is not None and weight is None:
+            raise ValueError(f"{name} needs weight, got None")
+    return sizes
+
+
+def _masked(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor | None,
+    gates: Tensor,
+    source: Tensor | None,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    delta: Tensor | None,
+    routing: Tensor | None,
+    sampling: str,
+    samples: int,
+    stream: int,
+    impl: str,
+) -> Tensor:
+    """Flatten the tokens and call the op."""
+    lead, tokens, c = x.shape[:-1], x.shape[:-1].numel(), read.shape[1]
+    if routing is not None:
+        routing = routing.expand(lead)
+        # a token past the subcomponents is one whose whole weight is the original
+        delta = torch.where(routing, 0.0 if delta is None else delta, 1.0).expand(samples, *lead)
+        routing = routing.reshape(tokens)
+    if delta is None:
+        weight = None
+    if acts is not None:  # what the result does not depend on gets no gradient
+        read = read.detach()
+        x = x if weight is not None else x.detach()
+    tensors = (
+        x.reshape(tokens, x.shape[-1]),
+        read,
+        write,
+        None if acts is None else acts.reshape(tokens, c),
+        _periodic(gates, lead, c),
+        None if source is None else _source(source, samples, lead, c),
+        None if delta is None else delta.reshape(samples, tokens),
+        weight,
+        bias,
+    )
+    save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
+    y, _ = rank1_op(*tensors, routing, seed, stream, samples, sampling, save, impl)
+    return y.view(samples, *lead, write.shape[1])
+
+
+def _periodic(t: Tensor, lead: torch.Size, c: int) -> Tensor:
+    """As `[period, c]` rows that repeat over the tokens: a view unless a broadcast lies inside the tokens."""
+    while t.dim() > 1 and t.shape[0] == 1:
+        t = t[0]
+    if lead.numel() == 0:
+        return t.expand(*lead, c).reshape(0, c)
+    outer = max(t.dim() - 1, 0)
+    shape = (*t.shape[:-1], c) if t.shape[:-1] == lead[len(lead) - outer :] else (*lead, c)
+    return _broadcast(t, shape).reshape(torch.Size(shape[:-1]).numel(), c)
+
+
+def _source(t: Tensor, samples: int, lead: torch.Size, c: int) -> Tensor:
+    """As `[1 or samples, 1 or tokens, c]`."""
+    t = t[(None,) * (len(lead) + 2 - t.dim())]
+    tokens = lead if t.shape[1:-1].numel() != 1 else torch.Size([1] * len(lead))
+    return _broadcast(t, (t.shape[0], *tokens, c)).reshape(t.shape[0], tokens.numel(), c)
+
+
+def _broadcast(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Expanded in fp32 or better, so that the gradient is summed there."""
+    if t.shape == shape:
+        return t
+    return t.to(torch.promote_types(t.dtype, torch.float32)).expand(shape)
+
+
+def launchers():
+    """The kernels' side, imported at the first launch."""
+    from bilinear_ops.kernels.rank1 import masked
+
+    return masked
+
+
+def _backend(impl: str) -> Any:
+    return launchers() if impl == "triton" else composite
+
+
+def _forward(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor | None,
+    gates: Tensor,
+    source: Tensor | None,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    routing: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    samples: int,
+    sampling: str,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """y [samples, tokens, d_out], and acts = x R [tokens, C] if `save`, else empty."""
+    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    inner = x @ read if acts is None else acts
+    y = x.new_empty(samples, x.shape[0], write.shape[1])
+    if delta is not None and weight is not None:
+        torch.mul(delta[..., None], x @ weight.t(), out=y)  # one product with the original weight for all samples
+        if routing is not None:  # 0 * inf: an overflow of the original weight is not theirs who do not use it
+            y.masked_fill_(((delta == 0) & routing)[..., None], 0.0)
+        if bias is not None:
+            y += bias
+    elif bias is not None:
+        y.copy_(bias)
+    beta = float(bias is not None or delta is not None)
+    _backend(impl).masked_apply(y, inner, write, masks, beta)
+    return y, _op.or_empty(inner if save else None, x)
+
+
+def _forward_fake(
+    x: Any, read: Any, write: Any, acts: Any, gates: Any, source: Any, delta: Any, weight: Any, bias: Any,
+    routing: Any, seed: Any, stream: int, samples: int, sampling: str, save: bool, impl: str,
+) -> Any:  # fmt: skip
+    y = x.new_empty(samples, x.shape[0], write.shape[1])
+    return y, x.new_empty(x.shape[0], read.shape[1]) if save else x.new_empty(0)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor,
+    gates: Tensor,
+    source: Tensor | None,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    routing: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    samples: int,
+    sampling: str,
+    given: bool,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, read, write, acts, gates, source, delta, weight and bias, each empty where nobody needs it.
+
+    acts are the caller's (`given`), saved, or empty where nothing was saved.
+    """
+    need_x, need_read, need_write, need_acts, need_gates, need_source, need_delta, need_weight, need_bias = need
+    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    through_acts = not given and (need_x or need_read)
+    if not given and acts.numel() == 0:
+        acts = x @ read
+    dacts, dwrite, dgates, dsource, ddelta = _backend(impl).masked_apply_backward(
+        dy, acts, write, masks, [need_acts or through_acts, need_write, need_gates, need_source, need_delta]
+    )
+    dx = dread = dweight = None
+    if through_acts and need_x:
+        dx = dacts @ read.t()
+    if through_acts and need_read:
+        dread = x.t() @ dacts
+    if delta is not None and weight is not None:
+        if need_x or need_weight:
+            doriginal = _weighted_sum(delta, dy)
+            if need_x:
+                dx = doriginal @ weight if dx is None else dx.addmm_(doriginal, weight)
+            if need_weight:
+                dweight = doriginal.t() @ x
+        if ddelta is not None:
+            ddelta += (dy * (x @ weight.t())).sum(-1, dtype=ddelta.dtype)
+    dbias = dy.sum((0, 1)) if need_bias else None
+    grads = (dx, dread, dwrite, dacts if need_acts else None, dgates, dsource, ddelta, dweight, dbias)
+    return tuple(_op.or_empty(t, x) for t in grads)
+
+
+def _weighted_sum(delta: Tensor, dy: Tensor) -> Tensor:
+    """sum_s delta_s dy_s: [S, M], [S, M, o] -> [M, o], summed in fp32 or better."""
+    total = torch.zeros(dy.shape[1:], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    for delta_s, dy_s in zip(delta, dy, strict=True):
+        total.addcmul_(dy_s, delta_s[:, None].to(total.dtype))
+    return total.to(dy.dtype)
+
+
+def _backward_fake(
+    dy: Any, x: Any, read: Any, write: Any, acts: Any, gates: Any, source: Any, delta: Any, weight: Any, routing: Any,
+    seed: Any, stream: int, samples: int, sampling: str, given: bool, need: list[bool], impl: str,
+) -> Any:  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def empty(t: Any, i: int, dtype: torch.dtype = x.dtype) -> Any:
+        return x.new_empty(t.shape, dtype=dtype) if need[i] else x.new_empty(0)
+
+    def beside(t: Any, i: int) -> Any:
+        return empty(t, i, torch.promote_types(t.dtype, wide)) if need[i] else x.new_empty(0)
+
+    tensors = [empty(t, i) for i, t in enumerate((x, read, write, acts))]
+    tensors += [beside(t, 4 + i) for i, t in enumerate((gates, source, delta))]
+    return *tensors, empty(weight, 7), x.new_empty(write.shape[1] if need[8] else 0)
+
+
+rank1_op = _op.register(
+    "rank1(Tensor x, Tensor read, Tensor write, Tensor? acts, Tensor gates, Tensor? source, Tensor? delta, "
+    "Tensor? weight, Tensor? bias, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool save, "
+    "str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+rank1_backward_op = _op.register(
+    "rank1_backward(Tensor dy, Tensor x, Tensor read, Tensor write, Tensor acts, Tensor gates, Tensor? source, "
+    "Tensor? delta, Tensor? weight, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool given, "
+    "bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.stream, ctx.samples, ctx.sampling, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of acts: [M, C] zeros, written out
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 16
+    *tensors, routing, seed, saved_acts = ctx.saved_tensors
+    x, read, write, acts, gates, source, delta, weight, bias = tensors
+    need = list(ctx.needs_input_grad[:9])
+    options = (ctx.stream, ctx.samples, ctx.sampling)
+    if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
+        of = dict(zip(("routing", "seed", "stream", "samples", "sampling"), (routing, seed, *options), strict=True))
+        grads = _op.differentiable_gradients(partial(_reference, **of), tensors, need, dy)
+    else:
+        given = acts is not None
+        grads = rank1_backward_op(
+            dy, x, read, write, acts if given else saved_acts, gates, source, delta, weight, routing, seed, *options,
+            given, need, ctx.impl,
+        )  # fmt: skip
+        grads = [g.to(t.dtype) if needed else None for g, t, needed in zip(grads, tensors, need, strict=True)]
+    return *grads, *(None,) * 7
+
+
+def _reference(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor | None,
+    gates: Tensor,
+    source: Tensor | None,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    routing: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    samples: int,
+    sampling: str,
+) -> Tensor:
+    """What the op computes, from the reference's pieces: differentiable to any order."""
+    acts = x @ read if acts is None else acts
+    gates = gates.repeat(x.shape[0] // max(gates.shape[0], 1), 1)
+    if seed is not None:
+        masks = reference.stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
+    else:
+        masks = gates if source is None else gates + (1 - gates) * source
+    return apply(x, acts, write, masks, bias, weight, delta, routing).expand(samples, -1, -1)
+
+
+_op.register_autograd(rank1_op, _autograd, _setup_context)

@@ -1,0 +1,109 @@
+"""Stochastic masks and deltas: what `stochastic_rank1_linear` draws, as tensors (docs/math.md 3; [SPD])."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op
+from bilinear_ops._check import check, check_sampling, check_seed
+from bilinear_ops.composite.rank1 import masks as composite
+from bilinear_ops.composite.rank1.masks import blend, delta_site, mask_site
+from bilinear_ops.results import SAMPLINGS
+
+
+def stochastic_mask(
+    gates: Tensor,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    sampling: str = "continuous",
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """g + (1 - g) r with r ~ U(0, 1) or Bernoulli(1/2): exactly the masks of `stochastic_rank1_linear` ([SPD]).
+
+    Args:
+        gates: `[..., C]` causal importances in [0, 1]; other values are not refused.
+        samples: number of independent masks.
+        seed: int or int64 0-dim tensor on the device of gates; with stream, sample, row and column it fixes each draw.
+        sampling: "continuous" or "binomial".
+        stream: int that keeps two sites with one seed apart.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[samples, ..., C]` in float32, or float64 for float64 gates.
+
+    Raises:
+        RuntimeError: a seed on another device, or impl="triton" where it cannot run.
+        TypeError: gates that are not a floating-point tensor, or a seed that is neither an int nor an int64 tensor.
+        ValueError: samples below 1, unknown sampling or impl.
+    """
+    check(gates=(gates, "... c"))
+    check_sampling(samples, sampling)
+    seed = check_seed(seed, gates.device)
+    gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    r = draw(seed, mask_site(stream), samples, gates.shape[:-1].numel(), gates.shape[-1], impl)
+    r = r.view(samples, *gates.shape)
+    return torch.where(r >= 0.5, 1, gates) if sampling == "binomial" else blend(gates, r)
+
+
+def stochastic_delta(
+    shape: Sequence[int],
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    device: Any = None,
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """U(0, 1) for each sample and token: exactly what delta="uniform" draws in `stochastic_rank1_linear`.
+
+    Args:
+        shape: of the tokens.
+        device: of the result; the default device without it.
+        samples, seed, stream, impl: as for `stochastic_mask`, which never shares a draw with this function.
+
+    Returns:
+        float32 `[samples, *shape]`.
+
+    Raises:
+        as `stochastic_mask`.
+    """
+    check_sampling(samples, SAMPLINGS[0])
+    seed = check_seed(seed, torch.empty(0, device=device).device)
+    return draw(seed, delta_site(stream), samples, torch.Size(shape).numel(), 1, impl).view(samples, *shape)
+
+
+def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
+    """Uniforms [samples, rows, columns] in [0, 1)."""
+    return uniform_op(seed, site, samples, rows, columns, _impl.resolve(impl, seed))
+
+
+def launchers():
+    """The kernels' side, imported at the first launch."""
+    from bilinear_ops.kernels.rank1 import masks
+
+    return masks
+
+
+def _backend(impl: str) -> Any:
+    return launchers() if impl == "triton" else composite
+
+
+def _uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
+    return _backend(impl).uniform(seed, site, samples, rows, columns)
+
+
+def _uniform_fake(seed: Any, site: int, samples: int, rows: int, columns: int, impl: str) -> Any:
+    return seed.new_empty(samples, rows, columns, dtype=torch.float32)
+
+
+uniform_op = _op.register(
+    "uniform(Tensor seed, int site, int samples, SymInt rows, SymInt columns, str impl) -> Tensor",
+    _uniform,
+    _uniform_fake,
+)

@@ -1,0 +1,190 @@
+"""Rank-1 subcomponents of which few are active for each token: public function, op and backward (docs/math.md 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilinear_ops import _impl, _op, reference
+from bilinear_ops._check import check, check_beside
+from bilinear_ops.composite.rank1 import sparse as composite
+
+
+def rank1_sparse(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """sum_j g_j (x . r_i(j)) l_i(j) + bias over the k active subcomponents of each token ([SPD]).
+
+    Args:
+        x: `[..., d_in]` inputs.
+        read, write: `[d_in, C]` and `[C, d_out]` subcomponents. A read stored by columns, as the transpose of a
+            contiguous `[C, d_in]` tensor, saves a copy.
+        indices: int64 or int32 `[..., k]`, the active subcomponents; one named twice counts twice.
+        gates: `[..., k]` in any floating dtype, used in float32 or better.
+        bias: `[d_out]`.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[..., d_out]`, contiguous, in x's dtype.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
+        TypeError: an argument that is not a floating-point tensor, indices that are not an integer tensor.
+        IndexError: indices outside [0, C); on other devices than the CPU an asynchronous assertion.
+        ValueError: unknown impl.
+    """
+    x, read, write, bias = _op.autocast(x, read, write, bias)
+    check(x=(x, "... i"), read=(read, "i c"), write=(write, "c o"), bias=(bias, "? o"))
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {got}")
+    k = indices.shape[-1] if indices.dim() else 0
+    for name, t in (("indices", indices), ("gates", gates)):
+        if isinstance(t, Tensor) and t.shape != (*x.shape[:-1], k):
+            raise RuntimeError(f"{name} must have shape {[*x.shape[:-1], k]}, got {list(t.shape)}")
+    if gates is None:
+        raise TypeError("gates must be a torch.Tensor, got NoneType")
+    check_beside(x, gates=(gates, tuple(indices.shape)))
+    if indices.device != x.device:
+        raise RuntimeError(f"indices must be on the device of x, {x.device}, got {indices.device}")
+    impl = _impl.resolve(impl, x)
+    if _impl.needs_reference():
+        return reference.rank1_sparse(x, read, write, indices, gates, bias)
+    tokens = x.shape[:-1].numel()
+    y, _ = sparse_op(
+        x.reshape(tokens, x.shape[-1]), read, write,
+        indices.reshape(tokens, k).long().contiguous(), gates.reshape(tokens, k), bias, impl,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], write.shape[1])
+
+
+def launchers():
+    """The kernels' side, imported at the first launch."""
+    from bilinear_ops.kernels.rank1 import sparse
+
+    return sparse
+
+
+def _backend(impl: str) -> Any:
+    return launchers() if impl == "triton" else composite
+
+
+def _forward(
+    x: Tensor, read: Tensor, write: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """y [M, d_out] and the activations [M, k] of the active subcomponents."""
+    _check_range(indices, read.shape[1])
+    backend = _backend(impl)
+    acts = backend.sparse_dots(x, read.t(), indices)
+    y = backend.sparse_sums((acts * gates).to(x.dtype), write, indices)
+    return y if bias is None else y.add_(bias), acts
+
+
+def _check_range(indices: Tensor, count: int) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if indices.device.type == "cpu":
+        if low < 0 or high >= count:
+            raise IndexError(f"indices must lie in [0, {count}), got {int(low)} to {int(high)}")
+    else:
+        torch._assert_async((low >= 0) & (high < count))
+
+
+def _forward_fake(x: Any, read: Any, write: Any, indices: Any, gates: Any, bias: Any, impl: str) -> Any:
+    return x.new_empty(x.shape[0], write.shape[1]), x.new_empty(indices.shape)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    acts: Tensor,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, read^T [C, d_in], write, gates and bias, each empty where nobody needs it."""
+    need_x, need_read, need_write, need_gates, need_bias = need
+    backend = _backend(impl)
+    dx = dread = dwrite = dgates = None
+    dy = dy.contiguous()
+    if need_x or need_read or need_gates:
+        dots = backend.sparse_dots(dy, write, indices)  # [M, k]
+        wide = torch.promote_types(gates.dtype, torch.float32)
+        if need_gates:
+            dgates = (dots.to(wide) * acts).to(gates.dtype)
+        dacts = (dots * gates).to(x.dtype)
+        if need_x:
+            dx = backend.sparse_sums(dacts, read.t().contiguous(), indices)
+        if need_read:
+            dread = composite.sparse_outer(dacts, x, indices, read.shape[1])
+    if need_write:
+        dwrite = composite.sparse_outer((acts * gates).to(x.dtype), dy, indices, read.shape[1])
+    grads = (dx, dread, dwrite, dgates, dy.sum(0) if need_bias else None)
+    return tuple(_op.or_empty(t, x) for t in grads)
+
+
+def _backward_fake(
+    dy: Any, x: Any, read: Any, write: Any, indices: Any, gates: Any, acts: Any, need: list[bool], impl: str
+) -> Any:
+    need_x, need_read, need_write, need_gates, need_bias = need
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(read.shape[::-1] if need_read else 0),
+        x.new_empty(write.shape if need_write else 0),
+        gates.new_empty(gates.shape) if need_gates else x.new_empty(0),
+        x.new_empty(dy.shape[1] if need_bias else 0),
+    )
+
+
+sparse_op = _op.register(
+    "rank1_sparse(Tensor x, Tensor read, Tensor write, Tensor indices, Tensor gates, Tensor? bias, str impl) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+sparse_backward_op = _op.register(
+    "rank1_sparse_backward(Tensor dy, Tensor x, Tensor read, Tensor write, Tensor indices, Tensor gates, Tensor acts, "
+    "bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    x, read, write, indices, gates, bias, acts = ctx.saved_tensors
+    need = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:6]]
+    if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
+
+        def sparse(x: Tensor, read: Tensor, write: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
+            return reference.rank1_sparse(x, read, write, indices, gates, bias)
+
+        grads = _op.differentiable_gradients(sparse, (x, read, write, gates, bias), need, dy)
+    else:
+        dx, dread, *others = sparse_backward_op(dy, x, read, write, indices, gates, acts, need, ctx.impl)
+        grads = [g if needed else None for g, needed in zip((dx, dread.t(), *others), need, strict=True)]
+    return *grads[:3], None, *grads[3:], None
+
+
+_op.register_autograd(sparse_op, _autograd, _setup_context)

@@ -1,0 +1,74 @@
+"""Masked rank-1 subcomponents as [SPD] writes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilinear_ops.reference.rank1.masks import stochastic_delta, stochastic_mask
+
+
+def rank1_linear(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    delta: Tensor | None = None,
+    routing: Tensor | None = None,
+) -> Tensor:
+    """((x R) * m) L + delta * x (W - (R L)^T)^T + bias, and x W^T + bias where `routing` is False: -> [..., d_out]."""
+    return apply(x, x @ read, write, mask, bias, weight, delta, routing)
+
+
+def stochastic_rank1_linear(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    *,
+    samples: int = 1,
+    seed: int | Tensor | None = None,
+    sampling: str = "continuous",
+    weight: Tensor | None = None,
+    delta: Tensor | str | None = None,
+    routing: Tensor | None = None,
+    acts: Tensor | None = None,
+    stream: int = 0,
+    source: Tensor | None = None,
+) -> Tensor:
+    """`rank1_linear` under `samples` masks g + (1 - g) r: -> [samples, ..., d_out]."""
+    acts = x @ read if acts is None else acts
+    gates = gates.expand(acts.shape)
+    if source is not None:
+        masks = gates + (1 - gates) * source
+    else:
+        masks = stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
+    if isinstance(delta, str):
+        delta = stochastic_delta(acts.shape[:-1], samples=samples, seed=seed, device=x.device, stream=stream)
+    y = apply(x, acts, write, masks, bias, weight, delta, routing)
+    return y.expand(samples, *y.shape[-acts.dim() :])
+
+
+def apply(
+    x: Tensor,
+    acts: Tensor,
+    write: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    delta: Tensor | None,
+    routing: Tensor | None,
+) -> Tensor:
+    """`rank1_linear` from acts = x R, with the difference matrix applied as x W^T - acts L."""
+    y = (acts if mask is None else (acts * mask).to(acts.dtype)) @ write
+    if delta is not None:
+        assert weight is not None
+        y = y + (delta[..., None] * (x @ weight.mT - acts @ write)).to(y.dtype)
+    if routing is not None:
+        assert weight is not None
+        y = torch.where(routing[..., None], y, x @ weight.mT)
+    return y if bias is None else y + bias

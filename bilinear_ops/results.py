@@ -1,0 +1,83 @@
+"""What ops take and return beside tensors: named tuples, and the names of options.
+
+Everything may import this module; it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Layer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (w, v, p) of a bilinear layer
+
+ACTIVATIONS = ("identity", "silu", "swish", "sigmoid", "relu", "gelu", "gelu_tanh")
+LAYOUTS = ("full", "packed")
+SCORES = ("cross", "self", "pair", "entry")
+SCOPES = ("output", "global")
+REDUCTIONS = ("sum", "cumsum", "none")
+SAMPLINGS = ("continuous", "binomial")
+
+
+class Directions(NamedTuple):
+    """Stands for the coefficients c = u p `[K, h]` wherever an op takes c, with the low-rank factors kept apart.
+
+    Both factors get gradients.
+
+    Args:
+        u: `[K, o]` output directions, a row each.
+        p: `[o, h]` down-projection.
+    """
+
+    u: Tensor
+    p: Tensor
+
+
+def coefficients(c: Tensor | Directions) -> Tensor:
+    """c as one tensor [K, h]."""
+    return c.u @ c.p if isinstance(c, Directions) else c
+
+
+class TopInteractions(NamedTuple):
+    """The strongest interactions: their scores and where they are, i <= j; all `[K, n]`, or `[n]` for global scope."""
+
+    values: Tensor
+    k: Tensor
+    i: Tensor
+    j: Tensor
+
+
+class ActiveInteractions(NamedTuple):
+    """Contributions `[T, b, a(a+1)/2]` of each token's active feature pairs i <= j to its active outputs k."""
+
+    values: Tensor
+    token: Tensor
+    k: Tensor
+    i: Tensor
+    j: Tensor
+
+
+class InteractionMoments(NamedTuple):
+    """Power sums and the largest magnitude, `[K]` each, over the entries i <= j of every interaction matrix."""
+
+    sum: Tensor
+    squares: Tensor
+    cubes: Tensor
+    fourths: Tensor
+    max_abs: Tensor
+
+
+class Masks(NamedTuple):
+    """How the masks of all samples follow from the gates; M tokens, S samples, C subcomponents.
+
+    A mask is the gates themselves ("given"), g + (1 - g) source ("source"), or drawn ("continuous", "binomial").
+    """
+
+    gates: Tensor  # [G, C]: rows repeat with period G, a divisor of M
+    source: Tensor | None  # [1 or S, 1 or M, C]
+    delta: Tensor | None  # [S, M]
+    routing: Tensor | None  # bool [M]: where False, mask - delta is 0
+    seed: Tensor | None  # int64 []
+    stream: int
+    samples: int
+    sampling: str

@@ -1,0 +1,1 @@
+"""Kernels of the rank-1 subcomponents."""

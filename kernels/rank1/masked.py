@@ -1,0 +1,280 @@
+"""Kernels of the masked rank-1 subcomponents: masks drawn between two library GEMMs, never stored.
+
+Forward writes acts * (mask - delta) for every sample in one pass over acts and gates, so that the product with L is one
+library GEMM over all samples. Backward reads the gradient of that array, draws the masks again, and overwrites it with
+the array itself, which the product for L's gradient needs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bilinear_ops.composite.rank1.masks import mask_site
+from bilinear_ops.kernels import config, tuning
+from bilinear_ops.kernels import launching as via
+from bilinear_ops.kernels.config import RowTile
+from bilinear_ops.kernels.rank1.masks import sample_state, uniform_tile
+from bilinear_ops.kernels.tile import load_tile, store_tile
+from bilinear_ops.results import Masks
+
+
+@triton.jit
+def load_gates(ptr, stride_m, stride_c, row, column, M, C, PERIOD, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Gates [ROWS, COLUMNS] in fp32; their rows repeat with PERIOD, where it is given."""
+    rows = row + tl.arange(0, ROWS).to(tl.int64)
+    columns = column + tl.arange(0, COLUMNS).to(tl.int64)
+    inside = (rows < M)[:, None] & (columns < C)[None, :]
+    if PERIOD is not None:
+        rows = rows % PERIOD
+    g = tl.load(ptr + rows[:, None] * stride_m + columns[None, :] * stride_c, mask=inside, other=0.0)
+    return g.to(tl.float32)
+
+
+@triton.jit
+def draw_tile(
+    g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
+    SAMPLING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(mask, d mask / d gate) of one sample. The launcher forbids fused multiply-adds, which would change the mask."""
+    if SAMPLING == "given":
+        mask = g
+        slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    elif SAMPLING == "source":
+        p_source = source_ptr + sample * stride_ss
+        r = load_tile(p_source, stride_sm, stride_sc, row, column, M, C, ROWS, COLUMNS, False).to(tl.float32)
+        mask = g + (1.0 - g) * r
+        slope = 1.0 - r
+    else:
+        r = uniform_tile(sample_state(seed_ptr, site, sample), row, column, ROWS, COLUMNS)
+        if SAMPLING == "binomial":
+            mask = tl.where(r >= 0.5, 1.0, g)
+            slope = tl.where(r >= 0.5, 0.0, 1.0)
+        else:
+            mask = g + (1.0 - g) * r
+            slope = 1.0 - r
+    return mask, slope
+
+
+@triton.jit
+def load_rows(ptr, stride, row, M, ROWS: tl.constexpr, other: tl.constexpr):
+    """One value for each of ROWS tokens, as a column [ROWS, 1]."""
+    rows = row + tl.arange(0, ROWS).to(tl.int64)
+    return tl.load(ptr + rows * stride, mask=rows < M, other=other)[:, None]
+
+
+@triton.jit
+def coefficient_tile(mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS: tl.constexpr):
+    """mask - delta, 0 for tokens routed past the subcomponents."""
+    if delta_ptr is not None:
+        p_delta = delta_ptr + sample * stride_ds
+        mask = mask - load_rows(p_delta, stride_dm, row, M, ROWS, 0.0).to(tl.float32)
+    return routed(mask, routing_ptr, stride_rm, row, M, ROWS)
+
+
+@triton.jit
+def routed(tile, routing_ptr, stride_rm, row, M, ROWS: tl.constexpr):
+    if routing_ptr is not None:
+        tile = tl.where(load_rows(routing_ptr, stride_rm, row, M, ROWS, 0) != 0, tile, 0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["site"])
+def mask_kernel(
+    acts_ptr, stride_am, stride_ac,
+    gates_ptr, stride_gm, stride_gc,
+    source_ptr, stride_ss, stride_sm, stride_sc,
+    delta_ptr, stride_ds, stride_dm,
+    routing_ptr, stride_rm,
+    seed_ptr, site,
+    out_ptr,
+    S, M, C, PERIOD,
+    SAMPLING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program writes acts * (mask - delta) of one tile [ROWS, COLUMNS] for every sample: out [S, M, C]."""
+    tiles_c = tl.cdiv(C, COLUMNS)
+    row = tl.program_id(0).to(tl.int64) // tiles_c * ROWS
+    column = tl.program_id(0) % tiles_c * COLUMNS
+    a = load_tile(acts_ptr, stride_am, stride_ac, row, column, M, C, ROWS, COLUMNS, False).to(tl.float32)
+    g = load_gates(gates_ptr, stride_gm, stride_gc, row, column, M, C, PERIOD, ROWS, COLUMNS)
+    for s in range(S):
+        sample = tl.cast(s, tl.int64)  # a plain int in the interpreter
+        mask, _ = draw_tile(
+            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
+            SAMPLING, ROWS, COLUMNS,
+        )  # fmt: skip
+        coefficient = coefficient_tile(
+            mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS
+        )  # fmt: skip
+        p_out = out_ptr + sample * M * C
+        store_tile(p_out, C, row, column, M, C, a * coefficient, False)
+
+
+@triton.jit(do_not_specialize=["site"])
+def mask_backward_kernel(
+    dmasked_ptr,
+    acts_ptr, stride_am, stride_ac,
+    gates_ptr, stride_gm, stride_gc,
+    source_ptr, stride_ss, stride_sm, stride_sc,
+    delta_ptr, stride_ds, stride_dm,
+    routing_ptr, stride_rm,
+    seed_ptr, site,
+    dacts_ptr, dgates_ptr, dsource_ptr, ddelta_ptr,
+    S, M, C, PERIOD,
+    SAMPLING: tl.constexpr, SUM_GATES: tl.constexpr, SUM_SOURCE: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program turns one tile of every sample of dmasked [S, M, C] into its shares of the gradients.
+
+    dacts, dgates [M, C], dsource [S, M, C]; with SUM_GATES and SUM_SOURCE their sums over a tile's tokens instead, one
+    row a tile; ddelta [tiles of C, S, M]. With KEEP, dmasked becomes acts * (mask - delta).
+    """
+    tiles_c = tl.cdiv(C, COLUMNS)
+    tile_m = tl.program_id(0).to(tl.int64) // tiles_c
+    tile_c = tl.program_id(0) % tiles_c
+    row = tile_m * ROWS
+    column = tile_c * COLUMNS
+    a = load_tile(acts_ptr, stride_am, stride_ac, row, column, M, C, ROWS, COLUMNS, False).to(tl.float32)
+    g = load_gates(gates_ptr, stride_gm, stride_gc, row, column, M, C, PERIOD, ROWS, COLUMNS)
+    dacts = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dgates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for s in range(S):
+        sample = tl.cast(s, tl.int64)  # a plain int in the interpreter
+        mask, slope = draw_tile(
+            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
+            SAMPLING, ROWS, COLUMNS,
+        )  # fmt: skip
+        coefficient = coefficient_tile(
+            mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS
+        )  # fmt: skip
+        p_dmasked = dmasked_ptr + sample * M * C
+        d = load_tile(p_dmasked, C, 1, row, column, M, C, ROWS, COLUMNS, False).to(tl.float32)
+        dmask = routed(d * a, routing_ptr, stride_rm, row, M, ROWS)
+        dacts += d * coefficient
+        dgates += dmask * slope
+        if dsource_ptr is not None:
+            dsource = dmask * (1.0 - g)
+            if SUM_SOURCE:
+                tiles_m = tl.cdiv(M, ROWS)
+                store_sum(dsource_ptr + sample * tiles_m * C, dsource, tile_m, column, C)
+            else:
+                store_tile(dsource_ptr + sample * M * C, C, row, column, M, C, dsource, False)
+        if ddelta_ptr is not None:
+            rows = row + tl.arange(0, ROWS)
+            p_ddelta = ddelta_ptr + (tile_c.to(tl.int64) * S + sample) * M
+            tl.store(p_ddelta + rows, -tl.sum(dmask, 1), mask=rows < M)
+        if KEEP:
+            store_tile(p_dmasked, C, row, column, M, C, a * coefficient, False)
+    if dacts_ptr is not None:
+        store_tile(dacts_ptr, C, row, column, M, C, dacts, False)
+    if dgates_ptr is not None:
+        if SUM_GATES:
+            store_sum(dgates_ptr, dgates, tile_m, column, C)
+        else:
+            store_tile(dgates_ptr, C, row, column, M, C, dgates, False)
+
+
+@triton.jit
+def store_sum(ptr, tile, tile_m, column, C):
+    """The sum over a tile's tokens into row tile_m of a matrix with C columns."""
+    columns = column + tl.arange(0, tile.shape[1])
+    tl.store(ptr + tile_m * C + columns, tl.sum(tile, 0), mask=columns < C)
+
+
+def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: float) -> None:
+    """y [S, M, d_out] becomes beta y + (acts * (mask - delta)) L: acts [M, C], write [C, d_out]."""
+    (m, c), s = acts.shape, masks.samples
+    masked_acts = acts.new_empty(s, m, c)
+
+    def run(tile: RowTile) -> None:
+        mask_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(c, tile.columns),)](
+            *_operands(acts, masks), masked_acts, s, m, c, _period(masks, m),
+            SAMPLING=masks.sampling, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False),
+        )  # fmt: skip
+
+    if masked_acts.numel():
+        tiles = config.everywhere("mask", config.architecture(acts.device))
+        via.launch("mask", acts, (s, tuning.bucket(m), c), tiles, run)
+    y = y.view(s * m, -1) if y.numel() else y.view(s * m, write.shape[1])
+    torch.addmm(y, masked_acts.view(s * m, c), write, beta=beta, out=y)
+
+
+def masked_apply_backward(
+    dy: Tensor, acts: Tensor, write: Tensor, masks: Masks, need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """From dy [S, M, d_out] the gradients of acts, write, gates, source and delta, each None unless needed."""
+    need_acts, need_write, need_gates, need_source, need_delta = need
+    (m, c), s, period = acts.shape, masks.samples, masks.gates.shape[0]
+    dy = dy.reshape(s * m, write.shape[1])
+    sum_gates = period == 1 < m
+    sum_source = masks.source is not None and masks.source.shape[1] == 1 < m
+    dacts = acts.new_empty(m, c) if need_acts else None
+
+    def partial(needed: bool, *shape: int) -> Tensor | None:
+        return acts.new_empty(shape, dtype=torch.float32) if needed else None
+
+    def run(tile: RowTile) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        tiles_m, tiles_c = triton.cdiv(m, tile.rows), triton.cdiv(c, tile.columns)
+        dmasked = dy @ write.t()  # [S M, C]; here, because the kernel overwrites it
+        dgates = partial(need_gates, tiles_m if sum_gates else m, c)
+        dsource = partial(need_source, s, tiles_m if sum_source else m, c)
+        ddelta = partial(need_delta, tiles_c, s, m)
+        if dmasked.numel():
+            mask_backward_kernel[(tiles_m * tiles_c,)](
+                dmasked, *_operands(acts, masks), dacts, dgates, dsource, ddelta, s, m, c, _period(masks, m),
+                SAMPLING=masks.sampling, SUM_GATES=sum_gates, SUM_SOURCE=sum_source, KEEP=need_write,
+                ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False),
+            )  # fmt: skip
+        return dmasked, dgates, dsource, ddelta
+
+    tiles = config.everywhere("mask_backward", config.architecture(acts.device))
+    dmasked, dgates, dsource, ddelta = via.launch("mask_backward", acts, (s, tuning.bucket(m), c), tiles, run)
+    return (
+        dacts,
+        dmasked.t() @ dy if need_write else None,
+        None if dgates is None else _gates_gradient(dgates, masks.gates),
+        None if dsource is None or masks.source is None else _source_gradient(dsource, masks.source),
+        None if ddelta is None or masks.delta is None else _at_least_fp32(ddelta.sum(0), masks.delta),
+    )
+
+
+def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
+    """The arguments both kernels read from, pointers beside their strides."""
+    m, c = acts.shape
+    source = None if masks.source is None else masks.source.expand(masks.samples, m, c)
+    routing = None if masks.routing is None else masks.routing.view(torch.uint8)
+    gates = masks.gates.expand(m, c) if masks.gates.shape[0] == 1 else masks.gates
+    return (
+        acts, *acts.stride(),
+        gates, *gates.stride(),
+        source, *((0, 0, 0) if source is None else source.stride()),
+        masks.delta, *((0, 0) if masks.delta is None else masks.delta.stride()),
+        routing, 0 if routing is None else routing.stride(0),
+        masks.seed, mask_site(masks.stream),
+    )  # fmt: skip
+
+
+def _period(masks: Masks, m: int) -> int | None:
+    """The period of the gates' rows, None where a stride says it all: 64-bit remainders are calls that spill."""
+    period = masks.gates.shape[0]
+    return None if period in (1, m) else period
+
+
+def _gates_gradient(partial: Tensor, gates: Tensor) -> Tensor:
+    """Rows [tokens or tiles, C] added up, in order, to the rows that the gates repeat."""
+    period, c = gates.shape
+    repeats = partial.shape[0] // period if period else 0
+    return _at_least_fp32(partial.view(repeats, period, c).sum(0), gates)
+
+
+def _source_gradient(partial: Tensor, source: Tensor) -> Tensor:
+    if source.shape[1] == 1:
+        partial = partial.sum(1, keepdim=True)
+    if source.shape[0] == 1:
+        partial = partial.sum(0, keepdim=True)
+    return _at_least_fp32(partial, source)
+
+
+def _at_least_fp32(gradient: Tensor, t: Tensor) -> Tensor:
+    """In fp32, or in fp64 for an fp64 `t`."""
+    return gradient.to(torch.promote_types(t.dtype, torch.float32))
