@@ -24,9 +24,17 @@ from bilinear_ops.nn import GatedMLP
 
 SEED = 0
 HIDDEN = 64
-EPOCHS = 30
 BATCH = 64
-NOISE = 0.2  # of the inputs while training: a regulariser that makes the eigenvectors legible ([P] 4.1)
+# EPOCHS, RATE, DECAY and NOISE come from a sweep: 175 settings, 8 seeds each, judged on 360 images held out of the
+# training set. They have the highest low-frequency share of the leading eigenvectors among settings where
+# - mean accuracy is at most half a point below that of noise 0.2, decay 0.1 and 30 epochs;
+# - 8 eigenvectors a class keep the accuracy of the whole layer within a point, for every seed;
+# - leading eigenvectors agree between seeds (mean |cos| above 0.9);
+# - nine of ten leading eigenvalues are positive: these show the digit, negative ones what rules the digit out.
+EPOCHS = 60
+RATE = 1e-2  # at 3e-3, fewer than seven of ten leading eigenvalues are positive
+DECAY = 1.5  # at 0.1 the low-frequency share is 43% in place of 57%, and |cos| 0.55 in place of 0.91
+NOISE = 0.1  # standard deviation, added to the inputs; without noise |cos| is 0.82, at 0.3 accuracy falls by 1.9 points
 TEST_IMAGES = 360
 ACCURACY = 0.95  # what the trained classifier must reach
 
@@ -112,7 +120,7 @@ def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = GatedMLP(x.shape[1], HIDDEN, 10).to(x.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
         for epoch in range(1, epochs + 1):
             for batch in torch.randperm(len(x)).split(BATCH):
@@ -122,7 +130,7 @@ def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
                 loss.backward()
                 optimizer.step()
             schedule.step()
-            if epoch % 5 == 0 or epoch == epochs:
+            if epoch % 10 == 0 or epoch == epochs:
                 print(
                     f"  epoch {epoch:>2}/{epochs}  loss {loss.item():.3f}  accuracy {accuracy(model, x, y):.2%}",
                     flush=True,
