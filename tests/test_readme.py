@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bilinear_ops
 from bilinear_ops import environment
@@ -25,11 +26,23 @@ def run(example: str) -> dict[str, Any]:
 
 
 def test_examples_run():
-    use, read = (run(example) for example in blocks("python"))
+    _, _, use, read = blocks("python")
+    use, read = run(use), run(read)
     assert use["y"].shape == (8, 128, 512)
     assert use["layer"].p.grad.isfinite().all()
     assert read["pairs"].vectors.shape == (10, 4, 64)
     assert read["top"].values.shape == (10, 5)
+
+
+def test_what_replaces_the_einsum_finds_the_same():
+    before, after, *_ = blocks("python")
+    w, v, p = torch.randn(9, 6), torch.randn(9, 6), torch.randn(3, 9)
+    names: dict[str, Any] = {"torch": torch, "bo": bilinear_ops, "w": w, "v": v, "p": p}
+    exec(before + after, names)
+    pairs, values = names["pairs"], names["values"]
+    strongest = values.gather(1, values.abs().argsort(1, descending=True)[:, :2])
+    torch.testing.assert_close(pairs.values, strongest)
+    assert pairs.vectors.shape == (3, 2, 6)
 
 
 def test_every_analysis_has_its_row():
