@@ -1,4 +1,4 @@
-# Each verb does its own set-up: the first run makes .venv, later ones use it. Needs Python 3.11 to 3.13.
+# Every target uses .venv and creates it if missing. Needs Python 3.11 to 3.13.
 PYTHON ?= python3
 BIN := .venv/bin
 

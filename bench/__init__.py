@@ -1,1 +1,1 @@
-"""What is measured, how, and what was found: `python -m bench`, `python -m bench.static`, `python -m bench.report`."""
+"""Measurements: `python -m bench` (speed), `python -m bench.static` (machine code), `python -m bench.report`."""

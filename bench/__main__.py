@@ -1,7 +1,7 @@
-"""Check every workload, then time it beside its baselines, on the machine this is started on.
+"""Check every workload against float64, then time it beside its baselines.
 
-python -m bench [--only TEXT] [--quick] [--json]         this machine's GPU, else its CPU
-python -m bench --gpu --minutes 9 --out DIR              all that is worth knowing about a GPU, in bounded time
+python -m bench [--only TEXT] [--quick] [--json]    on the GPU if there is one, else on the CPU
+python -m bench --gpu --minutes 9 --out DIR         a GPU's checks, times and tiles within a time limit
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HEADER = f"{'workload':74} {'ours':>10} {'best baseline':>26} {'ratio':>6} {'eag
 
 
 def row(result: Result) -> str:
-    """A line of the table: time, and how many times faster, and with what part of eager's memory."""
+    """One line of the table: time, speed-ups, and peak memory as a fraction of eager's."""
     name = f"{result.workload!s:74}"
     if "ours" not in result.timings:
-        return f"{name} {'FAILED: ' + result.failed['ours'] if 'ours' in result.failed else 'right, not timed'}"
+        return f"{name} {'FAILED: ' + result.failed['ours'] if 'ours' in result.failed else 'correct, not timed'}"
     ours = result.timings["ours"]
     best = result.best
     against = f"{best} {_duration(result.timings[best].median)}" if best else "none"
@@ -44,11 +44,12 @@ def _duration(seconds: float) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure on one device, print the table, append receipts where asked: the number of workloads ours failed."""
+    """Measure on one device, print the table, append receipts on --json; return the number of failed workloads."""
     device = torch.device(arguments.device)
     path = receipts.results_file(device) if arguments.json == "" else Path(arguments.json or "")
     print(f"{receipts.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)")
-    print("ratio, eager: how many times faster than the best baseline and than eager; memory: part of eager's peak\n")
+    print("ratio: time of the best baseline / ours; eager: time of eager / ours; memory: peak of ours / peak of eager")
+    print("noise: difference between the medians of even and odd rounds\n")
     print(HEADER)
     failures = 0
     for workload in workloads(device, arguments.size, arguments.impl, arguments.only):
@@ -65,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def interpreted(arguments: argparse.Namespace) -> int:
-    """The kernels in Triton's interpreter, in a process of its own: checked only, its times say nothing."""
-    print("\nKernels in Triton's interpreter: correctness only", flush=True)
+    """Check the kernels in Triton's interpreter, in a new process; return its exit status."""
+    print("\nKernels in Triton's interpreter (checked, not timed)", flush=True)
     command = [sys.executable, "-m", "bench", "--device", "cpu", "--size", "tiny", "--impl", "triton", "--check"]
     command += ["--only", arguments.only, "--threads", "1"]
     command += [] if arguments.json is None else ["--json", arguments.json]
@@ -77,20 +78,20 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     text = __doc__ or ""
     parser = argparse.ArgumentParser("python -m bench", description=text, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name contains this")
-    parser.add_argument("--size", choices=SIZES, help="which shapes; full unless --quick")
-    parser.add_argument("--quick", action="store_true", help="a few minutes on a CPU, interpreted kernels checked too")
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--size", choices=SIZES, help="shapes; default: full, or quick with --quick")
+    parser.add_argument("--quick", action="store_true", help="small shapes; on a CPU also checks interpreted kernels")
+    parser.add_argument("--device", help="default: cuda if available, else cpu")
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"), help="as in every op")
-    parser.add_argument("--threads", type=int, help="CPU threads; one for figures that a busy machine cannot bend")
-    parser.add_argument("--seconds", type=float, help="of timing, for each workload; 10, or 1 with --quick")
-    parser.add_argument("--check", action="store_true", help="check, time nothing")
-    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="append receipts (bench/results/<device>)")
-    parser.add_argument("--gpu", action="store_true", help="the bounded run of bench/gpu.py; --device cpu is a dry run")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of --gpu")
-    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="of --gpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; 1 measures CPU time")
+    parser.add_argument("--seconds", type=float, help="timing per workload; default: 10, or 1 with --quick")
+    parser.add_argument("--check", action="store_true", help="check only")
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="append receipts (default: bench/results)")
+    parser.add_argument("--gpu", action="store_true", help="measure a GPU within --minutes; dry run: --device cpu")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of --gpu")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="results of --gpu")
     arguments = parser.parse_args(words)
     if arguments.gpu and not arguments.device and not torch.cuda.is_available():
-        parser.error("--gpu needs a GPU that PyTorch sees, and there is none; --device cpu makes a tiny dry run")
+        parser.error("--gpu needs a GPU visible to PyTorch; --device cpu makes a dry run with tiny shapes")
     arguments.size = arguments.size or ("quick" if arguments.quick else "full")
     arguments.seconds = arguments.seconds or (1.0 if arguments.quick else 10.0)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +102,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the processes that we start
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for child processes
     if arguments.gpu:
         return gpu.run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.only)
     failures = run(arguments)

@@ -1,4 +1,4 @@
-"""Decompositions of a bilinear layer against those of its materialised tensor: HOSVD and CP."""
+"""HOSVD and CP of a bilinear layer, against the same decompositions of its materialised tensor."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from bench.harness.workload import Tensors, Workload, draw, forward
 
 LAYERS = {"tiny": (12, 33, 10), "quick": (64, 256, 64), "full": (256, 1024, 256)}  # (d, h, outputs)
 RANK, STEPS = 8, 5  # of the CP fit
-CONVERGED = 300  # iterations of conjugate gradients: the peer solves its equations directly
+CONVERGED = 300  # iterations of conjugate gradients; the baseline solves the equations directly
 PROBES = 64
 
 
 def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
     if impl == "triton":
-        return  # library calls: no kernel of ours would be run
+        return  # library calls only
     for mode in ("output", "input"):
         yield _hosvd(device, mode, *LAYERS[size])
     yield _cp(device, *LAYERS[size])
 
 
 def _tensor(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    """B [o, d, d], by one large product."""
+    """B [o, d, d] by one large product."""
     b = ((p.unsqueeze(1) * w.t()).flatten(0, 1) @ v).unflatten(0, (-1, w.shape[1]))
     return 0.5 * (b + b.mT)
 
@@ -53,7 +53,7 @@ def _hosvd(device: torch.device, mode: str, d: int, h: int, outputs: int) -> Wor
 
 
 def _cp(device: torch.device, d: int, h: int, outputs: int) -> Workload:
-    """Fits from the same start, compared by what their layers answer to the same inputs."""
+    """Fits from the same start, compared by the outputs of the fitted layers on the same inputs."""
 
     def ours(w: Tensor, v: Tensor, p: Tensor, x: Tensor) -> Tensor:
         start = w[:RANK], v[:RANK]
@@ -96,14 +96,14 @@ def _unit(t: Tensor) -> Tensor:
 
 
 def _formed_down(b: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """The least-squares p [o, r] of B [o, d, d] in the terms sym(w_r v_r^T)."""
+    """The least-squares p [o, r] with B [o, d, d] = sum_r p_r sym(w_r v_r^T)."""
     terms = w.unsqueeze(2) * v.unsqueeze(1)
     terms = (0.5 * (terms + terms.mT)).flatten(1)
     return torch.linalg.solve(terms @ terms.t(), terms @ b.flatten(1).t()).t()
 
 
 def _formed_up(b: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """The least-squares w [r, d] for given v and the best p for the present w."""
+    """The least-squares w [r, d] for given v, with the best p of the current w."""
     p = _formed_down(b, w, v)
     (r, d), n = v.shape, p.t() @ p
     equations = torch.einsum("rs,rs,ij->risj", n, v @ v.t(), torch.eye(d, dtype=v.dtype, device=v.device))

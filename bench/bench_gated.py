@@ -1,4 +1,4 @@
-"""The gated MLP, forward and as a training step, against what people run today."""
+"""The gated MLP, forward and training step, against eager, packed, compiled and other libraries' versions."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _mlp(
         reference=timed(lambda x, w, v, p: bo.reference.gated_mlp(x, w, v, p, **options)),
         ours=ours(),
         baselines=baselines,
-        flops=(18 if backward else 6) * m * d * h,  # backward: two products for each of forward's three
+        flops=(18 if backward else 6) * m * d * h,  # backward has two products for each of the forward's three
         bytes=moved * dtype.itemsize,
         variants={"recompute": ours(recompute=True)} if backward else {},
         bounds={"matmuls": _matmuls},
@@ -144,9 +144,9 @@ def _quack(x: Tensor, vw: Tensor, p: Tensor) -> Tensor:
 
 
 def _matmuls(x: Tensor, w: Tensor, v: Tensor, p: Tensor, *dy: Tensor) -> Run:
-    """The layer's products alone, as few and as large as the library can have them."""
+    """The layer's matrix products alone, as few and as large as possible."""
     weights = torch.cat([w, v])  # [2h, d]
-    az = torch.randn_like(x @ weights.t())  # [m, 2h], in place of [a | z] and [da | dz]
+    az = torch.randn_like(x @ weights.t())  # [m, 2h], stands for [a | z] and for [da | dz]
     hid = az[:, : w.shape[0]].contiguous()  # [m, h]
 
     def run() -> Tensors:
@@ -164,7 +164,7 @@ def _matmuls(x: Tensor, w: Tensor, v: Tensor, p: Tensor, *dy: Tensor) -> Run:
 
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
-    """The two fused kernels at the table's tile and at every candidate that tuning would measure."""
+    """The two fused kernels."""
     from bilinear_ops.kernels import gated
 
     def forward_of(backend: ModuleType) -> Callable[..., Tensors]:

@@ -1,4 +1,4 @@
-"""Interaction tensors against forming them as people do today: matrices, rankings, eigenpairs and inner products."""
+"""Interaction matrices, rankings, eigenpairs and inner products, against einsum, bmm and eigh."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SPECTRA = {  # (directions, d, h, eigenpairs of each)
 }
 LAYERS = {"tiny": (12, 33, 10), "quick": (64, 256, 64), "full": (256, 1024, 256)}  # (d, h, outputs)
 OTHERS = 4  # layers that one layer is compared with
-CHUNK = 1 << 26  # bytes of what a reference forms at a time
+CHUNK = 1 << 26  # workspace of a reference, in bytes
 
 
 def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[Workload]:
@@ -50,7 +50,7 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
                 yield _low_rank(device, size, impl, outputs, d, h, dtype)
     yield _ranking(device, impl, *RANKINGS[device.type, size])
     if impl == "triton":
-        return  # the rest is library calls: no kernel of ours would be run
+        return  # the rest are library calls
     for tokens, outputs, rank, d, active in EIGENPAIRS[size][: None if device.type == "cuda" else 1]:
         yield _eigenpairs(device, tokens, outputs, rank, d, active)
     for outputs, d, h, n in SPECTRA[size]:
@@ -69,7 +69,7 @@ def _einsum_of_factors(w: Tensor, v: Tensor, u: Tensor, p: Tensor) -> Tensor:
 
 
 def _scaled(w: Tensor, v: Tensor, c: Tensor) -> Tensors:
-    """The operands of the one large product: [K d, h] and [h, d]."""
+    """The operands of one large product: [K d, h] and [h, d]."""
     return (c.unsqueeze(1) * w.t()).flatten(0, 1), v
 
 
@@ -79,7 +79,7 @@ def _flat(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
 
 
 def _in_chunks(w: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """The reference, whose workspace of [K, d, h] would not fit in float64 at once."""
+    """The reference in chunks: its float64 workspace [K, d, h] does not fit in memory at once."""
     return torch.cat([q for _, q in bo.reference.iter_interaction_matrices(w, v, c, chunk_bytes=CHUNK)])
 
 
@@ -103,7 +103,7 @@ def _matrices(device: torch.device, size: str, impl: str, outputs: int, d: int, 
 
 
 def _low_rank(device: torch.device, size: str, impl: str, outputs: int, d: int, h: int, dtype: torch.dtype) -> Workload:
-    """More outputs than the layer has dimensions: directions u times a down-projection p of rank d."""
+    """More outputs than dimensions: coefficients u p [K, h] of rank d."""
 
     def of_product(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         return lambda w, v, u, p: fn(w, v, u @ p)
@@ -121,18 +121,18 @@ def _low_rank(device: torch.device, size: str, impl: str, outputs: int, d: int, 
         reference=forward(of_product(_in_chunks)),
         ours=forward(lambda w, v, u, p: bo.interaction_matrices(w, v, bo.Directions(u, p), impl=impl)),
         baselines=baselines,
-        flops=2 * d * d * d * h + outputs * d * d * (d + 1),  # d matrices, then sums of their upper triangles
+        flops=2 * d * d * d * h + outputs * d * d * (d + 1),  # d matrices, then combinations of their upper triangles
         bytes=(3 * h * d + outputs * d + outputs * d * d) * dtype.itemsize,
     )
 
 
 def _strongest(scores: list[Tensor]) -> Tensor:
-    """Magnitudes in falling order: near-ties may change places between precisions, and their values hardly."""
+    """Magnitudes in descending order: near-ties may swap indices between precisions, but not values."""
     return torch.cat(scores).abs().topk(STRONGEST).values
 
 
 def _ranked_one_by_one(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
-    """Every output's matrix in turn: tril, topk, and the best of all."""
+    """Form each output's matrix in a loop; tril and topk of each, then of all."""
     best = []
     for row in c:
         q = (w.t() * row) @ v
@@ -143,7 +143,7 @@ def _ranked_one_by_one(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor
 
 def _ranking(device: torch.device, impl: str, outputs: int, d: int, h: int, features: int) -> Workload:
     def reference(w: Tensor, v: Tensor, c: Tensor, basis: Tensor) -> Tensor:
-        """One output at a time: all at once would be sorted as one array of K F (F - 1) / 2."""
+        """One output at a time: the global reference sorts an array of K F (F - 1) / 2 elements."""
         found = (bo.reference.interaction_topk(w, v, row[None], STRONGEST, basis=basis).values[0] for row in c)
         return _strongest(list(found))
 
@@ -160,7 +160,7 @@ def _ranking(device: torch.device, impl: str, outputs: int, d: int, h: int, feat
         reference=forward(reference),
         ours=forward(ours),
         baselines={"eager": forward(_ranked_one_by_one)},
-        # of each output the matrix, then its pairs of features: in the order of products that needs the least
+        # per output the matrix, then its feature pairs, in the cheapest order of products
         flops=2 * outputs * min(d * d * h + d * d * features + d * features * features // 2, features * features * h),
         bytes=4 * (2 * h * d + outputs * h + d * features),
     )
@@ -174,7 +174,7 @@ def _eigenpairs(device: torch.device, tokens: int, outputs: int, rank: int, d: i
         return x, values, vectors, torch.arange(tokens, device=device).repeat_interleave(active), k
 
     def reference(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Tensor:
-        """Some pairs at a time: the reference copies every pair's vectors."""
+        """In chunks of pairs: the reference copies the vectors of every pair."""
         step = max(1, CHUNK // (8 * rank * d))
         pairs = zip(t.split(step), k.split(step), strict=True)
         return torch.cat([bo.reference.eigen_form(x, values, vectors, pairs=pair) for pair in pairs])
@@ -207,7 +207,7 @@ def _eigenpairs(device: torch.device, tokens: int, outputs: int, rank: int, d: i
 
 
 def _spectrum(device: torch.device, outputs: int, d: int, h: int, n: int) -> Workload:
-    """Weights of falling size, whose spectra fall as those of trained layers do."""
+    """Weights of descending scale, for spectra that decay like those of trained layers."""
 
     def inputs(seed: int) -> Tensors:
         up, down = ((h, d), d**-0.5), ((outputs, h), h**-0.5)
@@ -216,7 +216,7 @@ def _spectrum(device: torch.device, outputs: int, d: int, h: int, n: int) -> Wor
         return w @ scaled, (w + v) @ scaled, c
 
     def strongest(values: Tensor) -> Tensor:
-        """Magnitudes: of two eigenvalues of opposite sign and nearly the same, either may come first."""
+        """Magnitudes: the order of nearly equal eigenvalues of opposite sign depends on rounding."""
         return values.abs().topk(n, 1).values
 
     def decomposed(matrices: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
@@ -237,7 +237,7 @@ def _spectrum(device: torch.device, outputs: int, d: int, h: int, n: int) -> Wor
 
 
 def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
-    """One layer against several near it: of a single number, the rounding error may be anything."""
+    """One layer against several similar ones: the rounding error of a single number says little."""
 
     def inputs(seed: int) -> Tensors:
         up, down = ((h, d), d**-0.5), ((outputs, h), h**-0.5)
@@ -269,7 +269,7 @@ def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
 
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
-    """Both orders of contraction, at the table's tile and at every candidate that tuning would measure."""
+    """The kernels of both orders of contraction."""
     from bilinear_ops.kernels.interaction import matrices
 
     dtype = torch.bfloat16

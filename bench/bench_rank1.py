@@ -1,4 +1,4 @@
-"""Rank-1 subcomponents against eager code: stochastic masks, sparse gates at rising density, accumulated weights."""
+"""Rank-1 subcomponents against eager code: stochastic masks, sparse gates at several densities, accumulated weights."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
         for density in DENSITIES[size]:
             for backward in (False, True):
                 yield _sparse(device, impl, dtype, *shape, density, backward)
-    if impl != "triton":  # library calls alone
+    if impl != "triton":  # library calls only
         yield _accumulate(device, *ACCUMULATED[size])
 
 
 def _stochastic(
     device: torch.device, size: str, impl: str, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int, samples: int
 ) -> Workload:
-    """A training step of the subcomponents and their gates; x and the original weight are given."""
+    """A training step of read, write and gates; x and the original weight are constants."""
 
     def inputs(seed: int) -> Tensors:
         tensors = ((d_in, c), d_in**-0.5), ((c, d_out), c**-0.5), ((m, d_in), 1.0), ((d_out, d_in), d_in**-0.5)
@@ -72,7 +72,7 @@ def _stochastic(
         )
 
     def reference(read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """A sample at a time: drawn together, all masks are several arrays of [S, M, C] integers."""
+        """One sample at a time, to save memory."""
         y = []
         for r, delta in zip(*_drawn_by_ours(gates, samples), strict=True):
             y.append(bo.reference.rank1_linear(x, read, write, gates + (1 - gates) * r, weight=weight, delta=delta))
@@ -93,7 +93,7 @@ def _stochastic(
         reference=training_step(reference, trained=3),
         ours=training_step(ours, trained=3),
         baselines=baselines,
-        # the difference is applied as x W^T - acts L, its second part with the samples' own products
+        # the remainder is applied as x W^T - acts L; the samples' own products compute the second term
         flops=2 * m * (c * (2 * d_in + 3 * samples * d_out) + d_in * d_out),
         bytes=operands * dtype.itemsize + 2 * 4 * m * c,
     )
@@ -108,8 +108,7 @@ def _drawn_by_ours(gates: Tensor, samples: int) -> Drawn:
 def _first_drawn_by_ours(eager: Callable[..., Tensor], samples: int) -> Contender:
     """A training step of an eager version.
 
-    Its first run, the one that is checked, is given the numbers that ours draws, because no other masks give equal
-    results. All later ones, timing and memory among them, draw their own, as it does in use.
+    The first run is the checked one and uses our masks, for equal results. Later runs (timing, memory) draw their own.
     """
 
     def build(*inputs: Tensor) -> Callable[[], Tensors]:
@@ -126,7 +125,7 @@ def _first_drawn_by_ours(eager: Callable[..., Tensor], samples: int) -> Contende
 def _eager(
     samples: int, given: Drawn | None, read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor
 ) -> Tensor:
-    """As published: every sample draws, masks and multiplies anew."""
+    """As published: each sample draws, masks and multiplies separately."""
     difference = weight - (read @ write).t()
     y = []
     for s in range(samples):
@@ -139,7 +138,7 @@ def _eager(
 def _eager_delta_once(
     samples: int, given: Drawn | None, read: Tensor, write: Tensor, gates: Tensor, x: Tensor, weight: Tensor
 ) -> Tensor:
-    """The products that all samples have in common formed once."""
+    """The products shared by all samples are computed once."""
     acts = x @ read
     rest = x @ (weight - (read @ write).t()).t()
     y = []
@@ -154,7 +153,7 @@ def _sparse(
     device: torch.device, impl: str, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int, density: float,
     backward: bool,
 ) -> Workload:  # fmt: skip
-    """Where the dense product becomes the faster one, over the share of subcomponents that are active."""
+    """Sparse against dense products at one density of active subcomponents."""
     k = max(1, round(density * c))
 
     def inputs(seed: int) -> Tensors:
@@ -176,14 +175,14 @@ def _sparse(
     active = 2 * m * k * (d_in + d_out)
     moved = m * (d_in + d_out) + c * (d_in + d_out)
     if backward:
-        moved += m * d_out + c * (d_in + d_out)  # dy in; the gradients of read and write, not of x, out
+        moved += m * d_out + c * (d_in + d_out)  # reads dy; writes the gradients of read and write, not of x
     return Workload(
         op="rank1_sparse",
         case=f"{density:.2%} active, {'step' if backward else 'forward'}",
         shape={"m": m, "i": d_in, "o": d_out, "C": c},
         dtype=dtype,
         inputs=inputs,
-        # the same sum over a mask: the sparse reference copies both vectors of every active subcomponent
+        # the same sum with a dense mask: the sparse reference copies the vectors of every active subcomponent
         reference=timed(lambda r, w, x, mask: bo.reference.rank1_linear(x, r, w, mask), with_mask),
         ours=timed(lambda r, w, x, indices, gates: bo.rank1_sparse(x, r, w, indices, gates, impl=impl)),
         baselines={"eager": timed(dense, with_mask)},
@@ -216,7 +215,7 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
 
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
-    """The kernel that draws masks, at the table's tile and at every candidate that tuning would measure."""
+    """The kernel that draws masks."""
     from bilinear_ops.kernels.rank1 import masked
     from bilinear_ops.results import Masks
 

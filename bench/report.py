@@ -1,10 +1,10 @@
-"""The README's tables and the plots, from committed receipts and nothing else.
+"""The README's tables and the plots they show, from committed receipts only.
 
-    python -m bench.report            rewrite them
-    python -m bench.report --check    fail where they are not what the receipts say
+    python -m bench.report            rewrite the tables and plots
+    python -m bench.report --check    fail if they differ from the receipts
 
-The latest receipt of a workload on a device counts. Measured, interpreted and modelled figures never share a table. A
-receipt taken with other code than the tree's is marked stale.
+The latest receipt of each workload and device counts. Measured, interpreted and modelled figures are kept apart.
+Receipts taken with other code than the current are marked stale.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.harness.receipts import RESULTS, ROOT, load, tree_hash
-from bench.harness.svg import Bars, bar_chart
+from bench.harness.receipts import KINDS, RESULTS, ROOT, load, tree_hash
+from bench.harness.svg import ratio_chart
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STALE = "†"
 Receipt = dict[str, Any]
+Section = tuple[str, str, str]  # kind, device, clock
 
 
 def latest(folder: Path = RESULTS) -> list[Receipt]:
@@ -29,76 +30,80 @@ def latest(folder: Path = RESULTS) -> list[Receipt]:
     found: dict[tuple[str, ...], Receipt] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for receipt in load(path):
-            key = (receipt["kind"], receipt["device"], receipt["clock"], receipt["op"], *_sortable(receipt))
+            sizes = (f"{n:012}" for n in receipt["shape"].values())
+            key = (*_section(receipt), receipt["op"], receipt["case"], receipt["dtype"], *sizes)
             if key not in found or found[key]["date"] <= receipt["date"]:
                 found[key] = receipt
     return [found[key] for key in sorted(found)]
 
 
-def _sortable(receipt: Receipt) -> tuple[str, ...]:
-    sizes = (f"{n:012}" for n in receipt["shape"].values())
-    return receipt["case"], receipt["dtype"], *sizes
+def _section(receipt: Receipt) -> Section:
+    return receipt["kind"], receipt["device"], receipt["clock"]
 
 
-def tables(receipts: Iterable[Receipt], tree: str) -> str:
-    """A Markdown section for each device and kind."""
-    sections: dict[tuple[str, str, str], list[Receipt]] = {}
+def sections(receipts: Iterable[Receipt]) -> dict[Section, list[Receipt]]:
+    """Receipts by kind, device and clock: measured first, then interpreted, then modelled."""
+    found: dict[Section, list[Receipt]] = {}
     for receipt in receipts:
-        sections.setdefault((receipt["kind"], receipt["device"], receipt["clock"]), []).append(receipt)
+        found.setdefault(_section(receipt), []).append(receipt)
+    return dict(sorted(found.items(), key=lambda item: (KINDS.index(item[0][0]), item[0])))
+
+
+def text(receipts: Iterable[Receipt], tree: str, folder: str) -> str:
+    """A Markdown section per kind, device and clock; `folder` is the plots' path as seen from the README."""
+    groups = sections(receipts)
     parts = []
-    for (kind, device, clock), group in sorted(sections.items(), key=lambda item: _kind_order(item[0])):
-        parts.append(_table(kind, device, clock, group, tree) if kind != "interpreted" else _interpreted(group, tree))
-    if any(r["tree"] != tree for group in sections.values() for r in group):
-        parts.append(f"{STALE} taken with an earlier state of the code than this one.")
+    for section, group in groups.items():
+        parts.append(_interpreted(group, tree) if section[0] == "interpreted" else _table(section, group, tree))
+        parts += [f"![{title}]({folder}/{name})" for name, title, _ in _plots(section, group)]
     return "\n\n".join(parts) or "No receipts yet."
 
 
-def _kind_order(section: tuple[str, str, str]) -> tuple[int, tuple[str, str, str]]:
-    return ("measured", "interpreted", "modelled").index(section[0]), section
-
-
-def _table(kind: str, device: str, clock: str, group: list[Receipt], tree: str) -> str:
+def _table(section: Section, group: list[Receipt], tree: str) -> str:
+    kind, device, clock = section
     versions = sorted({f"torch {r['torch']}, triton {r['triton']}" for r in group})
-    dates = sorted(r["date"][:10] for r in group)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    dates = sorted({r["date"][:10] for r in group})
+    dtypes = sorted({r["dtype"] for r in group})
+    all_stale = all(r["tree"] != tree for r in group)
+    facts = (*dtypes[: len(dtypes) == 1], clock, *versions, " to ".join(dates[:: max(1, len(dates) - 1)]))
     lines = [
-        f"**{kind.capitalize()}** on {device} ({clock}; {'; '.join(versions)}; {when}):",
+        f"**{kind.capitalize()}** on {device} ({'; '.join(facts)}):",
         "",
-        "| op | case | shape | ours, median | best baseline | times faster | than eager | peak memory, of eager's |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| op | case | ours | best baseline | times faster | memory |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in group:
-        if r.get("p50") is None:
-            lines.append(f"| {_name(r, tree)} | failed: {r['failed'].get('ours', 'not timed')} | | | | |")
-            continue
-        eager = r["baselines"].get("eager", {})
+        stale = f" {STALE}" if r["tree"] != tree and not all_stale else ""
+        case = f"`{r['op']}` | {_case(r, len(dtypes) > 1)}{stale}"
         best = r["best_baseline"]
-        cells = (
-            _name(r, tree),
-            _duration(r["p50"]),
-            best or "-",
-            f"{r['ratio']:.2f}" if best else "-",
-            f"{eager['ratio']:.2f}" if eager else "-",
-            f"{r['peak_memory'] / eager['peak_memory']:.2f}" if eager.get("peak_memory") else "-",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if r.get("p50") is None:
+            lines.append(f"| {case} | failed: {r['failed'].get('ours', 'not timed')} | | | |")
+        elif best is None:
+            lines.append(f"| {case} | {_duration(r['p50'])} | none | | |")
+        else:
+            memory = _memory(r)
+            figures = f"{r['ratio']:.2f} | {'' if memory is None else f'{memory:.2g}'}"
+            them = f"{_duration(r['baselines'][best]['p50'])} ({best})"
+            lines.append(f"| {case} | {_duration(r['p50'])} | {them} | {figures} |")
+    notes = ["Times are medians; memory is our peak / the best baseline's."]
+    if any(r["tree"] != tree for r in group):
+        notes.append(f"{'All rows' if all_stale else STALE}: measured before the latest change of the code.")
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def _interpreted(group: list[Receipt], tree: str) -> str:
-    wrong = [r for r in group if r["failed"]]
-    stale = f" {STALE}" if any(r["tree"] != tree for r in group) else ""
+    correct = sum(not r["failed"] for r in group)
+    stale = " Checked before the latest change of the code." if any(r["tree"] != tree for r in group) else ""
     ops = ", ".join(sorted({f"`{r['op']}`" for r in group}))
     return (
-        f"**Interpreted** (kernels in Triton's interpreter on a CPU, checked against float64, never timed): "
-        f"{len(group) - len(wrong)} of {len(group)} workloads right, of {ops}.{stale}"
+        f"**Interpreted** (kernels in Triton's interpreter, checked against float64, never timed): "
+        f"{correct} of {len(group)} workloads correct, of {ops}.{stale}"
     )
 
 
-def _name(receipt: Receipt, tree: str) -> str:
-    shape = ", ".join(f"{k} {n}" for k, n in receipt["shape"].items())
-    stale = "" if receipt["tree"] == tree else f" {STALE}"
-    return f"`{receipt['op']}` | {receipt['case']}{stale} | {shape}, {receipt['dtype']}"
+def _case(receipt: Receipt, with_dtype: bool) -> str:
+    sizes = ", ".join(f"{k} {n}" for k, n in receipt["shape"].items())
+    return f"{receipt['case']}; {sizes}" + (f"; {receipt['dtype']}" if with_dtype else "")
 
 
 def _duration(seconds: float) -> str:
@@ -106,47 +111,49 @@ def _duration(seconds: float) -> str:
     return f"{seconds / scale:.3g} {unit}"
 
 
+def _memory(receipt: Receipt) -> float | None:
+    """Our peak memory / the best baseline's."""
+    theirs = receipt["baselines"][receipt["best_baseline"]]["peak_memory"]
+    return receipt["peak_memory"] / theirs if theirs else None
+
+
 def plots(receipts: Iterable[Receipt]) -> dict[str, str]:
-    """File name -> SVG, from measured receipts: speed and memory against every baseline, and rates for each device."""
-    groups: dict[tuple[str, str, str], list[Receipt]] = {}
-    for r in receipts:
-        if r["kind"] == "measured" and r.get("p50") is not None:
-            groups.setdefault((r["device"], r["clock"], r["op"]), []).append(r)
-    found = {}
-    for (device, clock, op), group in groups.items():
-        stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {op} {clock}".lower()).strip("-")
-        labels = [f"{r['case']}, {' '.join(f'{k}={n}' for k, n in r['shape'].items())}" for r in group]
-        names = sorted({name for r in group for name in r["baselines"]})
-        faster = [Bars(a, [_of(r, n, "ratio") for n in names]) for a, r in zip(labels, group, strict=True)]
-        found[f"{stem}-speed.svg"] = bar_chart(f"{op} on {device}", f"times faster than; {clock}", names, faster, 1.0)
-        held = ["ours", *names]
-        memory = [Bars(a, [_mebibytes(r, n) for n in held]) for a, r in zip(labels, group, strict=True)]
-        found[f"{stem}-memory.svg"] = bar_chart(f"{op} on {device}: peak memory", "MiB beyond the inputs", held, memory)
-        rates = [Bars(a, [r["flops"] / r["p50"] / 1e12, _bound(r)]) for a, r in zip(labels, group, strict=True)]
-        found[f"{stem}-rate.svg"] = bar_chart(
-            f"{op} on {device}: arithmetic", "TFLOP/s", ["ours", "its matmuls"], rates
+    """File name -> SVG: speed and memory against the best baseline, per device and clock, of measured receipts."""
+    return {name: svg for section, group in sections(receipts).items() for name, _, svg in _plots(section, group)}
+
+
+def _plots(section: Section, group: list[Receipt]) -> Iterator[tuple[str, str, str]]:
+    """(file name, title, SVG)"""
+    kind, device, clock = section
+    group = [r for r in group if r.get("p50") is not None and r["best_baseline"]]
+    if kind != "measured" or not group:
+        return
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {clock}".lower()).strip("-")
+    dtypes = len({r["dtype"] for r in group}) > 1
+
+    def bars(figure: Callable[[Receipt], float | None]) -> list[tuple[str, float, str]]:
+        found = ((f"{r['op']}: {_case(r, dtypes)}", figure(r), f"({r['best_baseline']})") for r in group)
+        return [(label, ratio, note) for label, ratio, note in found if ratio]
+
+    for name, title, axis, figure, better_above in (
+        ("speed", "Times faster than the best baseline", "time of the best baseline / ours", _ratio, True),
+        ("memory", "Peak memory beside the best baseline's", "our peak / the best baseline's", _memory, False),
+    ):
+        yield (
+            f"{stem}-{name}.svg",
+            f"{title}, {device}",
+            ratio_chart(title, f"{axis}; {device}, {clock}", bars(figure), better_above),
         )
-    return found
 
 
-def _of(receipt: Receipt, name: str, figure: str) -> float | None:
-    return receipt["baselines"].get(name, {}).get(figure)
+def _ratio(receipt: Receipt) -> float:
+    """Time of the best baseline / ours."""
+    return receipt["ratio"]
 
 
-def _mebibytes(receipt: Receipt, name: str) -> float | None:
-    held = receipt["peak_memory"] if name == "ours" else _of(receipt, name, "peak_memory")
-    return None if held is None else held / 2**20
-
-
-def _bound(receipt: Receipt) -> float | None:
-    """The rate at which the library's products alone would give the result: the roofline that was measured."""
-    matmuls = receipt["bounds"].get("matmuls")
-    return receipt["flops"] / matmuls["p50"] / 1e12 if matmuls else None
-
-
-def rewritten(text: str, section: str) -> str:
-    """`text` with what stands between the markers replaced. Raises ValueError where it lacks them."""
-    head, begin, rest = text.partition(BEGIN)
+def rewritten(readme: str, section: str) -> str:
+    """`readme` with `section` between the markers. Raises ValueError if the markers are missing."""
+    head, begin, rest = readme.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"no {BEGIN} ... {END} to write between")
@@ -155,19 +162,27 @@ def rewritten(text: str, section: str) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where something would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments = parser.parse_args(words)
     receipts = latest(arguments.results)
-    files = {arguments.results / "plots" / name: svg for name, svg in plots(receipts).items()}
-    files[arguments.readme] = rewritten(arguments.readme.read_text(), tables(receipts, tree_hash()))
-    changed = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    folder = arguments.results / "plots"
+    section = text(receipts, tree_hash(), folder.relative_to(arguments.readme.parent).as_posix())
+    files: dict[Path, str | None] = dict.fromkeys(sorted(folder.glob("*.svg")))  # None: no plot of these receipts
+    files |= {folder / name: svg for name, svg in plots(receipts).items()}
+    files[arguments.readme] = rewritten(arguments.readme.read_text(), section)
+    changed = [path for path, content in files.items() if content != (path.read_text() if path.exists() else None)]
     for path in changed:
-        print(path.name, "differs" if arguments.check else "written")
-        if not arguments.check:
+        content = files[path]
+        print(path.name, "differs" if arguments.check else "removed" if content is None else "written")
+        if arguments.check:
+            continue
+        if content is None:
+            path.unlink()
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(files[path])
+            path.write_text(content)
     return int(arguments.check and bool(changed))
 
 

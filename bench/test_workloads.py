@@ -1,6 +1,6 @@
-"""Every workload under pytest-benchmark: `pytest bench --benchmark-only`; the tiny ones run in CI, so that none rots.
+"""Every workload under pytest-benchmark: `pytest bench --benchmark-only`. CI runs the tiny shapes.
 
-`--benchmark-json` and `--benchmark-compare` are pytest-benchmark's own; ratios and receipts are `python -m bench`'s.
+Ratios and receipts come from `python -m bench`.
 """
 
 from typing import Any

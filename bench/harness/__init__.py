@@ -1,1 +1,1 @@
-"""What measures: workloads, timing, checks, receipts and their report."""
+"""The instruments: workloads, checks, timing, receipts."""

@@ -1,4 +1,4 @@
-"""One workload's way to a result: checked against float64, repeated, timed beside its baselines, its memory counted."""
+"""Measure one workload: check it against float64, repeat it, time it beside its baselines, count peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bilinear_ops.testing import assert_no_worse
 
 @dataclass
 class Result:
-    """What was found. `failed` says why a contender has no time; when "ours" is in it, nothing was timed."""
+    """Times, peak memory and errors by contender. If "ours" is in `failed`, nothing is timed."""
 
     workload: Workload
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -35,15 +35,15 @@ class Result:
 
 
 def check(workload: Workload, seed: int, repeats: int = 2) -> Result:
-    """Hold every contender to the reference in float64 on fresh inputs, and ours to the same bits every time."""
+    """Check all contenders against the float64 reference, and ours for bitwise equal repeats."""
     result = Result(workload)
     _checked(result, workload.inputs(seed), repeats)
     return result
 
 
 def measure(workload: Workload, device: torch.device, seed: int, seconds: float, repeats: int = 2) -> Result:
-    """Check, then time for about `seconds` and count memory. Nothing is timed unless ours is right."""
-    torch.compiler.reset()  # compiled functions share code over workloads and would run into the limit on versions
+    """Check, then time for about `seconds` and count peak memory. Nothing is timed unless ours is correct."""
+    torch.compiler.reset()  # compiled baselines share code objects, and a code object has a limit of recompilations
     result = Result(workload)
     inputs = workload.inputs(seed)
     runs = _checked(result, inputs, repeats)
@@ -59,12 +59,12 @@ def measure(workload: Workload, device: torch.device, seed: int, seconds: float,
 
 
 def _checked(result: Result, inputs: Tensors, repeats: int) -> dict[str, Run]:
-    """The runs of every contender that is right."""
+    """The runs of all correct contenders."""
     workload = result.workload
     runs: dict[str, Run] = {}
     gold: Tensors = ()
     eager: Tensors = ()
-    with _reporting(result, "ours"):  # unchecked is wrong
+    with _reporting(result, "ours"):  # without a reference, ours counts as failed
         gold = workload.reference(*(t.double() if t.is_floating_point() else t for t in inputs))()
         eager = workload.reference(*inputs)()
     if result.failed:
@@ -87,7 +87,7 @@ def _checked(result: Result, inputs: Tensors, repeats: int) -> dict[str, Run]:
 
 @contextmanager
 def _reporting(result: Result, name: str) -> Iterator[None]:
-    """A contender that raises is noted and left out; the others go on."""
+    """Record an exception as the contender's failure."""
     try:
         yield
     except Exception as error:
@@ -96,7 +96,7 @@ def _reporting(result: Result, name: str) -> Iterator[None]:
 
 @contextmanager
 def _poisoned_memory(poisoned: bool) -> Iterator[None]:
-    """Within, PyTorch fills what it allocates with NaN, so that an element nobody writes is found."""
+    """Let PyTorch fill new allocations with NaN, so that unwritten elements fail the check."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(poisoned or before[0], warn_only=True)
     try:

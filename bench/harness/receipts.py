@@ -1,4 +1,4 @@
-"""Receipts: one JSON line for each workload measured, with all that is needed to doubt it."""
+"""Receipts: one JSON line per measured workload, with device, versions, commit and a hash of the code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bench.harness.measuring import Result
 from bench.harness.timing import Timing
 
 SCHEMA = 1
-KINDS = ("measured", "interpreted", "modelled")  # timed on the device; only checked, on a CPU; computed from a model
+KINDS = ("measured", "interpreted", "modelled")  # timed; checked in the interpreter; computed by a model
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
 def receipt(result: Result, device: torch.device, kind: str = "measured") -> dict[str, Any]:
-    """What `result` found, on what, with which code. Times are in seconds, memory in bytes."""
+    """The receipt of `result`: times in seconds, memory in bytes."""
     assert kind in KINDS
     workload = result.workload
     ours = result.timings.get("ours")
@@ -68,7 +68,7 @@ def _quantiles(timing: Timing) -> dict[str, float]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The device, the versions and the code, as every receipt carries them."""
+    """Device, versions, code and date."""
     try:
         import triton
     except ImportError:
@@ -93,18 +93,18 @@ def device_name(device: torch.device) -> str:
 
 
 def tree_hash(root: Path = ROOT) -> str:
-    """A hash of every source in kernels/ and bilinear_ops/: a receipt with another one was taken with other code."""
+    """A hash of the sources in kernels/ and bilinear_ops/; a receipt with another hash is stale."""
     digest = hashlib.sha256()
     for folder in ("kernels", "bilinear_ops"):
         for path in sorted((root / folder).rglob("*.py")):
             name = path.relative_to(root).as_posix()
-            if not name.startswith("bilinear_ops/kernels/"):  # a link to kernels/
+            if not name.startswith("bilinear_ops/kernels/"):  # a symlink to kernels/
                 digest.update(f"{name}\0{path.read_text()}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def commit() -> str | None:
-    """The checked-out commit, marked where files have changed since; None outside of a repository."""
+    """The checked-out commit, with "-dirty" if files have changed; None outside a repository."""
     try:
         described = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

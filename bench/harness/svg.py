@@ -1,56 +1,50 @@
-"""Bar charts as SVG text: the same receipts give the same bytes, and nothing needs installing."""
+"""Bar charts of ratios as SVG text: equal values give equal bytes, and no plotting library is needed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#1b6ca8", "#e07a2f", "#6a994e", "#9467bd", "#8c8c8c", "#c44e52")
-WIDTH, LEFT, RIGHT, BAR, GAP, TOP, BOTTOM = 860, 300, 70, 13, 10, 64, 34
+WIDTH, LEFT, RIGHT, ROW, BAR, TOP, BOTTOM = 980, 450, 180, 19, 13, 54, 40
+BETTER, WORSE, GREY = "#1b6ca8", "#e07a2f", "#666666"
 
 
-@dataclass(frozen=True)
-class Bars:
-    """One group of bars, a value for each series; None where there is none."""
+def ratio_chart(title: str, axis: str, ratios: Sequence[tuple[str, float, str]], better_above: bool) -> str:
+    """Bars from 1 to each ratio, given as (label, ratio, note), on a logarithmic axis; orange if worse than 1."""
+    low = min([0.5, *(r for _, r, _ in ratios)])
+    high = max([2.0, *(r for _, r, _ in ratios)])
+    span = math.log(high / low)
+    bottom = TOP + ROW * len(ratios)
+    height = bottom + BOTTOM
 
-    label: str
-    values: Sequence[float | None]
+    def x(ratio: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log(ratio / low) / span
 
-
-def bar_chart(title: str, unit: str, series: Sequence[str], groups: Sequence[Bars], mark: float | None = None) -> str:
-    """Horizontal bars from zero, one group below the other; `mark` draws a line across, such as at a ratio of one."""
-    rows = sum(1 for g in groups for v in g.values if v is not None)
-    height = TOP + rows * BAR + len(groups) * GAP + BOTTOM
-    longest = max([v for g in groups for v in g.values if v is not None] + [mark or 0.0], default=1.0) or 1.0
-    scale = (WIDTH - LEFT - RIGHT) / longest
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
         ' font-family="sans-serif" font-size="11">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="12" y="22" font-size="15" font-weight="bold">{escape(title)}</text>',
+        f'<text x="12" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
     ]
-    x = 12
-    for name, colour in zip(series, _colours(series), strict=True):
-        out.append(f'<rect x="{x}" y="36" width="11" height="11" fill="{colour}"/>')
-        out.append(f'<text x="{x + 16}" y="46">{escape(name)}</text>')
-        x += 34 + 6 * len(name)
-    y = TOP
-    for group in groups:
-        bars = [(v, c) for v, c in zip(group.values, _colours(series), strict=True) if v is not None]
-        middle = y + len(bars) * BAR / 2 + 4
-        out.append(f'<text x="{LEFT - 8}" y="{middle:.1f}" text-anchor="end">{escape(group.label)}</text>')
-        for value, colour in bars:
-            out.append(f'<rect x="{LEFT}" y="{y}" width="{value * scale:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-            out.append(f'<text x="{LEFT + value * scale + 4:.1f}" y="{y + BAR - 3}" fill="#444">{value:.3g}</text>')
-            y += BAR
-        y += GAP
-    if mark is not None:
-        at = f"{LEFT + mark * scale:.1f}"
-        out.append(f'<line x1="{at}" x2="{at}" y1="{TOP - 6}" y2="{y}" stroke="#000" stroke-dasharray="3 3"/>')
-    out.append(f'<text x="{LEFT}" y="{height - 12}" fill="#444">{escape(unit)}</text>')
+    for tick in _ticks(low, high):
+        at = f"{x(tick):.1f}"
+        stroke = "#000000" if tick == 1 else "#dddddd"
+        out.append(f'<line x1="{at}" x2="{at}" y1="{TOP - 6}" y2="{bottom}" stroke="{stroke}"/>')
+        out.append(f'<text x="{at}" y="{bottom + 14}" text-anchor="middle" fill="{GREY}">{tick:g}</text>')
+    for i, (label, ratio, note) in enumerate(ratios):
+        y = TOP + ROW * i
+        left, right = sorted((x(1), x(ratio)))
+        colour = BETTER if ratio == 1 or (ratio > 1) == better_above else WORSE
+        out.append(f'<text x="12" y="{y + BAR - 2}">{escape(label)}</text>')
+        out.append(f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{BAR}" fill="{colour}"/>')
+        out.append(f'<text x="{right + 5:.1f}" y="{y + BAR - 2}" fill="{GREY}">{escape(f"{ratio:.3g} {note}")}</text>')
+    out.append(f'<text x="12" y="{height - 8}" fill="{GREY}">{escape(axis)}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
-def _colours(series: Sequence[str]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(series))]
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within the axis, or powers of ten alone if those are many."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(exponents) < 5 else (1,)
+    return [tick for e in exponents for f in factors if low <= (tick := f * 10.0**e) <= high]

@@ -1,4 +1,4 @@
-"""How a time and a peak of memory are taken: all contenders in turn, round after round, on a CPU or a GPU."""
+"""Time and peak memory of contenders, interleaved in rounds, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAPH_BELOW = 50e-6  # seconds; shorter work is replayed from a CUDA graph, so t
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender, a sample a round; samples of the same round were taken side by side."""
+    """Seconds of one contender, one sample per round."""
 
     samples: tuple[float, ...]
 
@@ -34,11 +34,11 @@ class Timing:
         return self.quantile(5)
 
     def ratio(self, other: Timing) -> float:
-        """How many times longer than `other` this takes: the median over rounds, so that a slow spell hits both."""
+        """Time of self / time of other: the median of the rounds' ratios, so that a slow round affects both."""
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
     def noise(self) -> float:
-        """How far the medians of even and odd rounds lie apart, relative: the same work, timed twice."""
+        """Relative difference between the medians of even and odd rounds."""
         even, odd = self.samples[::2], self.samples[1::2]
         return abs(statistics.median(even) / statistics.median(odd) - 1) if odd else float("nan")
 
@@ -46,10 +46,10 @@ class Timing:
 def interleaved(
     runs: dict[str, Run], device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 100)
 ) -> tuple[dict[str, Timing], str]:
-    """Times of all `runs` over as many rounds as fit in `seconds`, within bounds, and by which clock they were taken.
+    """Time all `runs` in rounds for about `seconds`; return the times and the name of the clock.
 
-    Every run is warmed up first. Each round takes them in turn, every other round in the opposite order. The fewest
-    rounds are taken even where they last longer, but for those beyond the second at four times `seconds`.
+    Runs are warmed up first. Odd rounds reverse the order. The minimum of `rounds` may take up to four times
+    `seconds`; two rounds are always taken.
     """
     for run in runs.values():
         for _ in range(2):
@@ -70,12 +70,12 @@ def interleaved(
 
 
 def _cpu_clock() -> tuple[Callable[[Run], float], str]:
-    """With one thread the process's own CPU time, which what else runs on the machine does not lengthen."""
+    """CPU time with one thread, which other processes do not lengthen; else the wall clock."""
     threads = torch.get_num_threads()
     now, how = (time.process_time, "CPU time") if threads == 1 else (time.perf_counter, "wall clock")
 
     def clock(run: Run) -> float:
-        run()  # the allocator's state after another contender is not the one of a training loop
+        run()  # the previous contender left the allocator in another state
         start = now()
         run()
         return now() - start
@@ -119,9 +119,9 @@ def _replay(graph: torch.cuda.CUDAGraph) -> Tensors:
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Most bytes held at once, results included, beyond what was held before: as PyTorch's allocator saw it.
+    """Peak bytes of PyTorch's allocator during `run`, results included, inputs excluded.
 
-    On a CPU, libraries' own workspaces do not come from that allocator and are not counted.
+    Workspaces of CPU libraries do not come from this allocator and are not counted.
     """
     run()
     if device.type == "cuda":
@@ -131,7 +131,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     assert profile.profiler is not None

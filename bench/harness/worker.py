@@ -1,4 +1,4 @@
-"""A process that works for us and may die: a kernel that faults takes its process along, not the whole run."""
+"""A worker process that can be killed and restarted: a kernel fault or a hang costs one call, not the run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class Worker:
-    """Calls module-level functions in a process of its own, which is started again when it has died or hung."""
+    """Calls module-level functions in another process; restarts the process after a crash, a hang or a CUDA error."""
 
     def __init__(self) -> None:
         self._process: Any = None
         self._pipe: Any = None
 
     def ask(self, timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments), there. Raises RuntimeError with its message where it raised, died or took too long."""
+        """Return function(*arguments). Raises RuntimeError if it raises, dies or exceeds `timeout` seconds."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -33,7 +33,7 @@ class Worker:
             self.stop()
             raise RuntimeError(str(error) or "the process died") from error
         if not right:
-            if "CUDA error" in found or "HIP error" in found:  # nothing works in that process any more
+            if "CUDA error" in found or "HIP error" in found:  # the error is sticky: every later call would fail
                 self.stop()
             raise RuntimeError(found)
         return found

@@ -1,8 +1,7 @@
-"""A workload: one op at one shape, with everything needed to check it and to time it against its baselines.
+"""A workload: one op at one shape, with its inputs, reference and baselines.
 
-Each family has a file `bench_<family>.py` with a function `workloads(device, size, impl)` that yields them, and, where
-its kernels have tiles to choose from, `tilings(device, size)`; `python -m bench`, the GPU command and the pytest
-benches find both by the file's name.
+Each file `bench_<family>.py` has `workloads(device, size, impl)`, and `tilings(device, size)` if the family's kernels
+have tiles to choose from. Both are found by the file's name.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from torch import Tensor
 
 from bilinear_ops._impl import why_not_triton
 
-SIZES = ("tiny", "quick", "full")  # for tests; for minutes on a CPU; for receipts
+SIZES = ("tiny", "quick", "full")  # for tests; minutes on a CPU; for receipts
 
 Tensors = tuple[Tensor, ...]
-Run = Callable[[], Tensors]  # the work to time; returns its results in the order of the reference's
-Contender = Callable[..., Run]  # from a workload's inputs; packing weights or compiling happens here, untimed
+Run = Callable[[], Tensors]  # the timed work; returns results in the order of the reference
+Contender = Callable[..., Run]  # builds a Run from the inputs; packing and compiling are not timed
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One op at one shape. `inputs(seed)` draws fresh unit-scale tensors; every contender gets the same ones.
+    """One op at one shape. `inputs(seed)` draws unit-scale tensors, shared by all contenders.
 
-    `flops` and `bytes` are the least the op's definition asks for: each input read once, each result written once.
+    `flops` and `bytes` are minima by the op's definition: each input read once, each result written once.
     """
 
     op: str
@@ -41,13 +40,13 @@ class Workload:
     shape: dict[str, int]
     dtype: torch.dtype
     inputs: Callable[[int], Tensors]
-    reference: Contender  # runs in float64 for the truth, and at `dtype` for the error that eager PyTorch makes
+    reference: Contender  # runs in float64 as the truth, and at `dtype` for the error of eager PyTorch
     ours: Contender
     baselines: dict[str, Contender]
     flops: int
     bytes: int
-    variants: dict[str, Contender] = field(default_factory=dict)  # ours in other settings: timed, never a baseline
-    bounds: dict[str, Contender] = field(default_factory=dict)  # less than the whole op: timed, never checked
+    variants: dict[str, Contender] = field(default_factory=dict)  # ours with other settings, never a baseline
+    bounds: dict[str, Contender] = field(default_factory=dict)  # a part of the op: timed, never checked
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={n}" for k, n in self.shape.items())
@@ -55,7 +54,7 @@ class Workload:
 
 
 def forward(fn: Callable[..., Tensor], pack: Callable[..., Tensors] | None = None) -> Contender:
-    """y = fn(*inputs) without gradients; `pack` lays the inputs out as fn wants them, beforehand."""
+    """y = fn(*inputs) without gradients; `pack` transforms the inputs beforehand, untimed."""
 
     def build(*inputs: Tensor) -> Run:
         operands = pack(*inputs) if pack else inputs
@@ -75,9 +74,9 @@ def training_step(
     unpack: Callable[..., Tensors] | None = None,
     trained: int | None = None,
 ) -> Contender:
-    """y = fn(*inputs) and gradients of the first `trained` inputs, or of all; the last input, dy, is not fn's.
+    """y = fn(*inputs[:-1]) and the gradients of its first `trained` arguments (default: all); inputs[-1] is dy.
 
-    `unpack` views packed gradients apart.
+    `pack` transforms the arguments beforehand, untimed; `unpack` splits packed gradients.
     """
 
     def build(*inputs: Tensor) -> Run:
@@ -108,9 +107,9 @@ def tiling(
     flops: int,
     bytes: int,
 ) -> Workload:
-    """A kernel at the tile that the table gives it, and at every other that tuning would measure as variants.
+    """A kernel with the table's tile as `ours` and all other candidates of tuning as variants.
 
-    `reference` and `launcher` take the inputs and return a tensor or several.
+    `reference` and `launcher` take the inputs and return a tensor or a tuple.
     """
     from bilinear_ops.kernels import config, tuning
 
@@ -146,7 +145,7 @@ def _tile_name(tile: Any) -> str:
 
 
 def draw(device: torch.device, dtype: torch.dtype, *tensors: tuple[Sequence[int], float]) -> Callable[[int], Tensors]:
-    """Normal tensors, given as (shape, scale)."""
+    """A function of a seed that draws normal tensors of the given (shape, scale)."""
 
     def inputs(seed: int) -> Tensors:
         generator = torch.Generator(device).manual_seed(seed)
@@ -162,14 +161,14 @@ def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can generate code for `device` here."""
+    """Whether torch.compile can generate code for `device`."""
     if device.type == "cpu":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     return has("triton")
 
 
 def has(package: str) -> bool:
-    """Whether a peer's package can be imported here."""
+    """Whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -180,13 +179,12 @@ def families() -> Iterator[ModuleType]:
 
 
 def workloads(device: torch.device, size: str, impl: str = "auto", only: str = "") -> list[Workload]:
-    """All workloads of all families whose name contains `only`."""
+    """The workloads of all families whose name contains `only`."""
     return [w for family in families() for w in family.workloads(device, size, impl) if only in str(w)]
 
 
 def tilings(device: torch.device, size: str, only: str = "") -> list[Workload]:
-    """Launchers with the table's tile as `ours` and the other candidates as variants, of the families that have any,
-    where the kernels run."""
+    """The tilings of all families whose name contains `only`; empty if the kernels cannot run on `device`."""
     if why_not_triton(torch.empty(0, device=device)) is not None:
         return []
     found = (family.tilings(device, size) for family in families() if hasattr(family, "tilings"))

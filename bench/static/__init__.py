@@ -1,1 +1,1 @@
-"""What is known of the kernels without a GPU, and the smallest case of each."""
+"""Checks of the kernels' machine code without a GPU, and the smallest case of each kernel."""

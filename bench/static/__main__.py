@@ -1,4 +1,4 @@
-"""`python -m bench.static`: the gate."""
+"""`python -m bench.static` runs the gate."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Every kernel at its smallest sizes under NVIDIA's compute-sanitizer: out-of-bounds, races, unwritten memory.
+"""Every kernel at its smallest sizes under NVIDIA's compute-sanitizer: out-of-bounds access, races, unwritten memory.
 
     python -m bench.static.sanitize [--tool memcheck racecheck initcheck synccheck] [--only TEXT]
 
@@ -20,11 +20,11 @@ from bench.harness import receipts
 from bench.static import smallest
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-ERROR = 86  # the child's exit status where the sanitizer found something
+ERROR = 86  # exit status of the child if the sanitizer finds an error
 
 
 def launch_all(device: torch.device, only: str = "") -> list[str]:
-    """Run every workload once, forward and backward; returns their names. Raises what a launch raises."""
+    """Run every workload once, forward and backward; return their names."""
     names = []
     for workload in smallest.workloads(device):
         if only in str(workload):
@@ -36,7 +36,7 @@ def launch_all(device: torch.device, only: str = "") -> list[str]:
 
 
 def command(tool: str, only: str) -> list[str]:
-    """The sanitizer around this file as its own child, which only launches."""
+    """The command that runs this file's --child under the sanitizer."""
     options = ["--tool", tool, "--error-exitcode", str(ERROR), "--target-processes", "all"]
     return ["compute-sanitizer", *options, sys.executable, "-m", "bench.static.sanitize", "--child", "--only", only]
 
@@ -55,9 +55,9 @@ def main(words: list[str] | None = None, run: Callable[..., subprocess.Completed
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print("compute-sanitizer needs a GPU that PyTorch sees, and there is none", file=sys.stderr)
+        print("compute-sanitizer needs a GPU visible to PyTorch", file=sys.stderr)
         return 2
-    # allocations of their own, so that one past an end is seen
+    # separate allocations, so that an access past the end is detected
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = []
     for tool in arguments.tool:

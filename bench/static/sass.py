@@ -1,4 +1,4 @@
-"""What the machine code of one compiled kernel says: its resources, and the loop in which it spends its time."""
+"""Read the machine code of a compiled kernel: registers, spills, and the instructions of its main loop."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HGMMA\.[\dx]+|HMMA\.\d+|UTCHMMA|UTCQMMA|[QI]MMA|v_mfma_\w+)")
 UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
 
-# Clocks one multiprocessor's tensor cores take for an instruction of one warp, by the datasheets' dense bf16 rates:
-# 2048 (sm_80), 4096 (sm_90) and 512 (sm_120) FLOP a clock. HGMMA is issued by four warps together.
+# Clocks per instruction of one warp on a multiprocessor's tensor cores, from the datasheets' dense bf16 rates:
+# 2048 (sm_80), 4096 (sm_90) and 512 (sm_120) FLOP per clock. Four warps issue one HGMMA together.
 HMMA_CLOCKS = {"sm_80": 2.0, "sm_120": 8.0}  # 16 x 8 x 16 products
 HGMMA_CLOCKS_A_COLUMN = 0.5 / 4  # 64 x n x 16 products
 
 
 @dataclass
 class Code:
-    """Registers and spills (instructions) of the whole kernel; the rest is of its main loop.
+    """Registers and spill instructions of the whole kernel; the other fields describe its main loop.
 
-    `tensor` is a model: the tensor cores' clocks over the larger of those and of the clocks that issuing all
-    instructions takes, 1 where the tensor cores are the limit.
+    `tensor` is modelled: tensor-core clocks / max(tensor-core clocks, issue clocks), 1 if tensor cores are the limit.
     """
 
     registers: int = 0
@@ -41,7 +40,7 @@ class Code:
 
 
 def read(kernel: Any, arch: str) -> Code:
-    """Disassemble what Triton compiled."""
+    """Disassemble a compiled kernel."""
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         code = of_loop(main_loop(_amd_lines(text), r"s_c?branch\w*\s+(\.LBB\w+)"), arch, kernel.metadata.num_warps)
@@ -60,8 +59,9 @@ def read(kernel: Any, arch: str) -> Code:
 
 
 def main_loop(lines: Sequence[str], branch: str) -> list[str]:
-    """The instructions of the loop with the most matrix instructions, of those that hold no other loop with any; all
-    instructions where there is no such loop. A loop is what lies between a label ("name:") and a branch back to it.
+    """The instructions of the innermost loop with the most matrix instructions; all instructions if there is none.
+
+    A loop lies between a label ("name:") and a branch back to it. Innermost: no loop inside has matrix instructions.
     """
     at: dict[str, int] = {}
     loops = []
@@ -78,7 +78,7 @@ def main_loop(lines: Sequence[str], branch: str) -> list[str]:
 
 
 def of_loop(loop: Sequence[str], arch: str, warps: int) -> Code:
-    """Count one loop's instructions, and model which part of its time the tensor cores work."""
+    """Count a loop's instructions and model the tensor cores' share of its time."""
     code = Code()
     names = [line.split()[0] for line in loop]
     code.histogram = dict(collections.Counter(name.split(".")[0] for name in names).most_common())
@@ -86,7 +86,7 @@ def of_loop(loop: Sequence[str], arch: str, warps: int) -> Code:
     code.loop_spills = code.histogram.get("STL", 0) + code.histogram.get("LDL", 0)
     code.waits = _serial_wgmmas(loop)
     tensor = sum(n * _tensor_clocks(name, arch) * warps for name, n in code.matrix.items())
-    issued = len(names) * warps / 4  # four schedulers, an instruction a clock each
+    issued = len(names) * warps / 4  # four schedulers, each one instruction per clock
     code.tensor = round(tensor / max(tensor, issued), 3) if tensor else None
     return code
 
@@ -98,9 +98,9 @@ def _tensor_clocks(name: str, arch: str) -> float:
 
 
 def _serial_wgmmas(loop: Sequence[str]) -> int:
-    """wgmmas directly followed by a wait for all of them, where most are: the tensor cores idle between such products.
+    """The number of wgmmas followed by a wait for all, if most are: the tensor cores idle after each of them.
 
-    One wait for a whole group at a loop's end is no fault; a wait after each product is.
+    One wait for a group at the loop's end is fine; a wait after each product is not.
     """
     order = [line for line in loop if line.startswith("HGMMA") or re.match(r"WARPGROUP\.DEPBAR\.LE\s+gsb0, 0x0", line)]
     serial = sum(a.startswith("HGMMA") and not b.startswith("HGMMA") for a, b in zip(order, order[1:], strict=False))
@@ -109,7 +109,7 @@ def _serial_wgmmas(loop: Sequence[str]) -> int:
 
 
 def _sass_lines(sass: str) -> list[str]:
-    """Labels, and instructions without their address and predicate."""
+    """Labels, and instructions without address and predicate."""
     pattern = r"^(\.L\w+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z].*?)\s*;"
     return [label or instruction for label, instruction in re.findall(pattern, sass, re.M)]
 
