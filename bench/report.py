@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.claims import claims, duration, example
 from bench.harness.receipts import KINDS, RESULTS, ROOT, load, tree_hash
 from bench.harness.svg import ratio_chart
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STALE = "†"
 Receipt = dict[str, Any]
 Section = tuple[str, str, str]  # kind, device, clock
@@ -79,12 +79,12 @@ def _table(section: Section, group: list[Receipt], tree: str) -> str:
         if r.get("p50") is None:
             lines.append(f"| {case} | failed: {r['failed'].get('ours', 'not timed')} | | | |")
         elif best is None:
-            lines.append(f"| {case} | {_duration(r['p50'])} | none | | |")
+            lines.append(f"| {case} | {duration(r['p50'])} | none | | |")
         else:
             memory = _memory(r)
             figures = f"{r['ratio']:.2f} | {'' if memory is None else f'{memory:.2g}'}"
-            them = f"{_duration(r['baselines'][best]['p50'])} ({best})"
-            lines.append(f"| {case} | {_duration(r['p50'])} | {them} | {figures} |")
+            them = f"{duration(r['baselines'][best]['p50'])} ({best})"
+            lines.append(f"| {case} | {duration(r['p50'])} | {them} | {figures} |")
     notes = ["Times are medians; memory is our peak / the best baseline's."]
     if any(r["tree"] != tree for r in group):
         notes.append(f"{'All rows' if all_stale else STALE}: measured before the latest change of the code.")
@@ -104,11 +104,6 @@ def _interpreted(group: list[Receipt], tree: str) -> str:
 def _case(receipt: Receipt, with_dtype: bool) -> str:
     sizes = ", ".join(f"{k} {n}" for k, n in receipt["shape"].items())
     return f"{receipt['case']}; {sizes}" + (f"; {receipt['dtype']}" if with_dtype else "")
-
-
-def _duration(seconds: float) -> str:
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
-    return f"{seconds / scale:.3g} {unit}"
 
 
 def _memory(receipt: Receipt) -> float | None:
@@ -151,13 +146,16 @@ def _ratio(receipt: Receipt) -> float:
     return receipt["ratio"]
 
 
-def rewritten(readme: str, section: str) -> str:
-    """`readme` with `section` between the markers. Raises ValueError if the markers are missing."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} to write between")
-    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+def rewritten(readme: str, sections: dict[str, str]) -> str:
+    """`readme` with each section between the markers of its name. Raises ValueError if a marker is missing."""
+    for name, section in sections.items():
+        first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, begin, rest = readme.partition(first)
+        _, end, tail = rest.partition(last)
+        if not begin or not end:
+            raise ValueError(f"no {first} ... {last} to write between")
+        readme = f"{head}{first}\n{section}\n{last}{tail}"
+    return readme
 
 
 def main(words: list[str] | None = None) -> int:
@@ -168,10 +166,11 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     receipts = latest(arguments.results)
     folder = arguments.results / "plots"
-    section = text(receipts, tree_hash(), folder.relative_to(arguments.readme.parent).as_posix())
+    table = text(receipts, tree_hash(), folder.relative_to(arguments.readme.parent).as_posix())
+    written = {"claims": claims(receipts), "example": example(receipts), "bench": table}
     files: dict[Path, str | None] = dict.fromkeys(sorted(folder.glob("*.svg")))  # None: no plot of these receipts
     files |= {folder / name: svg for name, svg in plots(receipts).items()}
-    files[arguments.readme] = rewritten(arguments.readme.read_text(), section)
+    files[arguments.readme] = rewritten(arguments.readme.read_text(), written)
     changed = [path for path, content in files.items() if content != (path.read_text() if path.exists() else None)]
     for path in changed:
         content = files[path]

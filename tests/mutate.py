@@ -84,7 +84,9 @@ def sites(path: Path, root: Path = ROOT) -> Iterator[Site]:
             stop = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
             before = source.encode()[start:stop].decode()
             # brackets keep a changed operator inside a larger expression
-            after = ast.unparse(changed) if isinstance(changed, ast.stmt | ast.Constant) else f"({ast.unparse(changed)})"
+            after = (
+                ast.unparse(changed) if isinstance(changed, ast.stmt | ast.Constant) else f"({ast.unparse(changed)})"
+            )
             yield Site(str(path.relative_to(root)), node.lineno, kind, start, stop, before, after)  # type: ignore[attr-defined]
 
 

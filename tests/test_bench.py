@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bench import report
+from bench import claims, report
 from bench.__main__ import main
 from bench.harness import gpu, receipts
 from bench.harness.measuring import measure
@@ -146,9 +146,29 @@ def test_report_refuses_what_it_does_not_know(tmp_path: Path, change: dict[str, 
         report.latest(_written(tmp_path, _receipt(), _receipt(**change)))
 
 
+NAMES = ("claims", "example", "bench")
+
+
+def test_claims_quote_the_newest_receipt() -> None:
+    """Ours before theirs, the best baseline in a claim, eager PyTorch in the example."""
+    baselines = {"eager": {"p50": 8e-3, "peak_memory": 400}, "packed": {"p50": 4e-3, "peak_memory": 200}}
+    receipt = _receipt(op="interaction_eigh", case="2 strongest", best_baseline="packed", baselines=baselines)
+    older = {**receipt, "p50": 9e-3, "date": "2025-01-01T00:00:00Z"}
+    modelled = {**receipt, "p50": 9e-3, "kind": "modelled", "date": "2027-01-01T00:00:00Z"}
+    found = [receipt, older, modelled]
+    (line,) = claims.claims(found).splitlines()
+    assert line.endswith("of each output: 1 ms in place of 4 ms (packed), with 25% of its peak memory.")
+    assert claims.example(found) == (
+        "At m 2: 1 ms in place of 8 ms (eager), with 12% of its peak memory (Device, clock)."
+    )
+    assert claims.claims([modelled]) == claims.example([modelled]) == "No receipts yet."
+
+
 def test_report_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(
+        "before\n" + "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in NAMES) + "after\n"
+    )
     words = ["--results", str(_written(tmp_path, _receipt(), _receipt(case="other"))), "--readme", str(readme)]
     assert report.main(words) == 0
     leftover = tmp_path / "plots" / "of-no-receipt.svg"
@@ -166,7 +186,7 @@ def test_report_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[st
         == {"device-clock-speed.svg", "device-clock-memory.svg"}
     )
     readme.write_text("no markers")
-    with pytest.raises(ValueError, match="bench:begin"):
+    with pytest.raises(ValueError, match="claims:begin"):
         report.main(words)
 
 

@@ -1,0 +1,59 @@
+"""The sentences of the README's first page that carry figures, made of receipts: `bench.report` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Receipt = dict[str, Any]
+
+# (op, case): what it does for a user
+CLAIMS = {
+    ("gated_mlp", "silu, step"): "**Train** a SwiGLU MLP, forward and backward",
+    ("interaction_eigh", "2 strongest"): "**Read** a layer: the 2 strongest eigenvectors of each output",
+    ("hosvd", "output"): "**Decompose** its tensor: the singular output directions (HOSVD)",
+    ("interaction_topk", "global, 100"): "**Rank** its interactions: the 100 strongest in a feature basis",
+    ("rank1_accumulate", "gates"): "**Sum** gated rank-1 subcomponents into weights",
+}
+EXAMPLE = ("interaction_eigh", "2 strongest")
+
+
+def claims(receipts: Iterable[Receipt]) -> str:
+    """One line for each claim that has a measured receipt."""
+    found = [(text, _of(receipts, *key)) for key, text in CLAIMS.items()]
+    return "\n".join(f"- {text}: {_figures(r)}." for text, r in found if r is not None) or "No receipts yet."
+
+
+def example(receipts: Iterable[Receipt]) -> str:
+    """What the example of the first page takes, before and after."""
+    r = _of(receipts, *EXAMPLE)
+    if r is None:
+        return "No receipts yet."
+    device = f"{r['device'].removeprefix('CPU: ')}, {r['clock']}"
+    return f"At {_sizes(r)}: {_figures(r, 'eager')} ({device})."
+
+
+def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
+    """The newest measured receipt of a workload."""
+    found = [r for r in receipts if (r["kind"], r["op"], r["case"]) == ("measured", op, case) and r.get("p50")]
+    return max(found, key=lambda r: r["date"], default=None)
+
+
+def _figures(r: Receipt, baseline: str = "") -> str:
+    """Our time and the baseline's, by default the best one's, and the share of its peak memory."""
+    name = baseline or r["best_baseline"]
+    theirs = r["baselines"][name]
+    text = f"{duration(r['p50'])} in place of {duration(theirs['p50'])} ({name})"
+    if not theirs["peak_memory"]:
+        return text
+    return f"{text}, with {r['peak_memory'] / theirs['peak_memory']:.0%} of its peak memory"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def _sizes(r: Receipt) -> str:
+    return ", ".join(f"{name} {n}" for name, n in r["shape"].items())
