@@ -2,9 +2,9 @@
 
     python tests/mutate.py [--room NAME ...] [--draw 10] [--seed 0] [--list] [--out FILE]
 
-Every room has sources and tests. The sites of a room are all places of its sources where one realistic mistake fits: a
-comparison turned or off by one, an operator exchanged, a constant off by one, two arguments swapped, a statement dropped,
-a condition negated. The script draws sites with a fixed seed, applies one at a time to a copy of the tree, and runs the
+Every room has sources and tests. The sites of a room are the places of its sources where one realistic mistake fits: a
+comparison off by one, an operator exchanged, a constant off by one, two arguments swapped, a statement dropped, a
+condition negated. The script draws sites with a fixed seed, applies one at a time to a copy of the tree, and runs the
 room's tests and the tests that all ops share. A mutation that no test notices is printed as a survivor.
 """
 
