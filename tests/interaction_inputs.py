@@ -23,5 +23,5 @@ def in_full(w, v, c, basis):
     return torch.einsum("kh,hij->kij", c.u @ c.p if isinstance(c, bo.Directions) else c, (b + b.mT) / 2)
 
 
-def close(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+def close(got, expected, rtol=1e-11):
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol)

@@ -1,21 +1,18 @@
-"""Eigenpairs of interaction matrices against dense decompositions in float64, their gradients, and the measures."""
+"""Eigenpairs of interaction matrices and their gradients, against dense decompositions in float64."""
 
 import sys
 
 import pytest
 import torch
+from analysis_inputs import layer
 
 import bilinear_ops as bo
-from bilinear_ops.analysis import adversarial_masks, effective_rank, hoyer, interaction_eigh
+from bilinear_ops.analysis import interaction_eigh
 from bilinear_ops.analysis.eigen import eigensolvers, krylov
 from bilinear_ops.analysis.eigen.operators import Factored, Formed
 from bilinear_ops.testing import randn
 
 WHICH = ("abs", "positive", "negative", "both")
-
-
-def layer(h, d, outputs, dtype=torch.float64, grad=False):
-    return tuple(randn(*shape, dtype=dtype, requires_grad=grad) for shape in ((h, d), (h, d), (outputs, h)))
 
 
 def matrices(w, v, c, basis=None):
@@ -68,7 +65,7 @@ def check(pairs, q, n, which, atol=1e-9):
 )
 @pytest.mark.parametrize("method", ["auto", "dense", "iterative"])
 def test_equals_dense(h, d, outputs, which, method):
-    w, v, c = layer(h, d, outputs)
+    w, v, c = layer(d, h, outputs)
     q = matrices(w, v, c)
     most = d // 2 if which == "both" else d
     for n in sorted({0, min(1, most), min(3, most), most}):
@@ -81,7 +78,7 @@ def test_equals_dense(h, d, outputs, which, method):
 @pytest.mark.parametrize("form", [True, False])
 def test_lanczos(which, form, monkeypatch):
     """The iterative method itself, restarts included, by either kind of product."""
-    w, v, c = layer(90, 130, 6)
+    w, v, c = layer(130, 90, 6)
     q = matrices(w, v, c)
     calls = []
     for kind in (Factored, Formed):
@@ -149,7 +146,7 @@ def test_what_did_not_converge_says_so(monkeypatch):
     w, v, c = layer(150, 150, 3)
     pairs = interaction_eigh(w, v, c, 2, method="iterative", tol=1e-8)
     assert not pairs.converged.any()
-    single = layer(20, 50, 2, torch.float32)
+    single = [t.float() for t in layer(50, 20, 2)]
     assert not interaction_eigh(*single, 2, method="dense", tol=1e-12).converged.any()
 
 
@@ -187,7 +184,7 @@ def test_what_was_not_confirmed_says_so(monkeypatch):
 
 
 def test_half_precision_is_widened():
-    w, v, c = (t.bfloat16() for t in layer(30, 60, 3))
+    w, v, c = (t.bfloat16() for t in layer(60, 30, 3))
     pairs = interaction_eigh(w, v, c, 2)
     wide = interaction_eigh(w.float(), v.float(), c.float(), 2)
     assert [t.dtype for t in pairs] == [torch.bfloat16] * 3 + [torch.bool, torch.bfloat16]
@@ -197,7 +194,7 @@ def test_half_precision_is_widened():
 
 @pytest.mark.parametrize("method", ["dense", "iterative"])
 def test_chunks_change_nothing(method):
-    w, v, c = layer(70, 90, 7)
+    w, v, c = layer(90, 70, 7)
     whole = interaction_eigh(w, v, c, 3, method=method)
     parts = interaction_eigh(w, v, c, 3, method=method, chunk_bytes=1)
     for got, exact in zip(parts, whole, strict=True):
@@ -229,7 +226,7 @@ def test_gradients(h, d, features, n, which, method):
 
 def test_gradient_under_autocast_is_not_cast():
     """Products in bfloat16 would never reach the solver's accuracy."""
-    w, v, c = (t.requires_grad_() for t in layer(9, 6, 2, torch.float32))
+    w, v, c = (t.float().requires_grad_() for t in layer(6, 9, 2))
     loss = interaction_eigh(w, v, c).vectors.pow(3).sum()
     with torch.autocast("cpu", torch.bfloat16):
         loss.backward()
@@ -237,7 +234,7 @@ def test_gradient_under_autocast_is_not_cast():
 
 
 def test_no_eigenpairs_have_no_gradient():
-    w, v, c = (t.requires_grad_() for t in layer(9, 6, 2))
+    w, v, c = (t.requires_grad_() for t in layer(6, 9, 2))
     interaction_eigh(w, v, c, 0).vectors.sum().backward()
     assert not w.grad.any()
 
@@ -267,13 +264,13 @@ def test_gradient_that_does_not_exist_raises():
 
 
 def test_second_derivatives_are_refused():
-    w, v, c = layer(4, 5, 2, grad=True)
+    w, v, c = layer(5, 4, 2, grad=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(interaction_eigh(w, v, c, 2).values.sum(), w, create_graph=True)
 
 
 def test_errors():
-    w, v, c = layer(4, 5, 2)
+    w, v, c = layer(5, 4, 2)
     for options, message in (
         ({"which": "largest"}, "which must be one of abs"),
         ({"method": "qr"}, "method must be one of auto"),
@@ -301,7 +298,7 @@ def test_errors():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("h", "d"), [(4, 5), (80, 90), (6, 90), (200, 300)])
 def test_what_is_not_finite_stays_with_its_direction(h, d, method, bad):
-    w, v, c = layer(h, d, 3)
+    w, v, c = layer(d, h, 3)
     whole = interaction_eigh(w, v, c, 2, method=method)
     c[1, 2] = bad
     pairs = interaction_eigh(w, v, c, 2, method=method)
@@ -315,7 +312,7 @@ def test_what_is_not_finite_stays_with_its_direction(h, d, method, bad):
 
 
 def test_progress(monkeypatch):
-    w, v, c = layer(4, 5, 3)
+    w, v, c = layer(5, 4, 3)
     bars = []
 
     class Bar:
@@ -338,31 +335,3 @@ def test_progress(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tqdm"):
         interaction_eigh(w, v, c, 1, progress=True)
-
-
-def test_measures():
-    torch.testing.assert_close(effective_rank(torch.eye(4)), torch.ones(4))
-    torch.testing.assert_close(effective_rank(-torch.ones(2, 7)), torch.full((2,), 7.0))
-    torch.testing.assert_close(effective_rank(torch.tensor([3.0, -4.0])), torch.tensor(49 / 25))
-    torch.testing.assert_close(hoyer(torch.eye(4)), torch.ones(4))
-    torch.testing.assert_close(hoyer(torch.ones(9)), torch.tensor(0.0))
-    assert effective_rank(torch.zeros(3)).isnan() and hoyer(torch.zeros(3)).isnan()
-    half = torch.full((4096,), 100.0, dtype=torch.float16)  # sums and squares beyond its range
-    assert effective_rank(half) == 4096
-    for size in (1e25, 1e-25):  # squares beyond float32's
-        assert effective_rank(torch.full((4,), size)) == 4 and hoyer(torch.full((4,), size)) == 0
-    assert effective_rank(torch.ones(3, 0)).isnan().all()
-    with pytest.raises(RuntimeError, match="at least 2 entries"):
-        hoyer(torch.ones(3, 1))
-    with pytest.raises(TypeError, match="t must be"):
-        effective_rank(torch.ones(3, dtype=torch.int64))
-
-
-def test_adversarial_masks():
-    vectors = randn(4, 9, dtype=torch.float64)
-    masks = adversarial_masks(vectors)
-    torch.testing.assert_close(masks @ vectors.t(), torch.eye(4).double())
-    repeated = torch.cat([vectors, vectors])  # no identity to reach: the least masks that reproduce the span
-    torch.testing.assert_close(adversarial_masks(repeated).sum(0), masks.sum(0))
-    assert adversarial_masks(randn(0, 9)).shape == (0, 9)
-    assert adversarial_masks(randn(4, 9).bfloat16()).dtype == torch.bfloat16

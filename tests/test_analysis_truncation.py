@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from analysis_inputs import layer
 
 import bilinear_ops as bo
 from bilinear_ops.analysis import (
@@ -16,11 +17,7 @@ from bilinear_ops.analysis import (
 from bilinear_ops.testing import randn
 
 
-def layer(h=20, d=8, o=5, grad=False):
-    return tuple(randn(*shape, dtype=torch.float64, requires_grad=grad) for shape in ((h, d), (h, d), (o, h)))
-
-
-def tensor(cut):
+def cut_tensor(cut):
     """B of a quadratic layer, [o, d, d]."""
     q = torch.einsum("kr,kri,krj->kij", cut.values, cut.vectors, cut.vectors)
     return q if cut.outputs is None else torch.einsum("ok,kij->oij", cut.outputs, q)
@@ -29,7 +26,7 @@ def tensor(cut):
 @pytest.mark.parametrize("directions", [None, 5, 7])
 @pytest.mark.parametrize("refit", [False, True])
 def test_all_eigenvectors_are_the_layer(directions, refit):
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x = randn(3, 11, 8, dtype=torch.float64)
     directions = None if directions is None else randn(directions, 5, dtype=torch.float64)
     cut = truncate(w, v, p, 8, directions=directions, refit=refit)
@@ -39,18 +36,18 @@ def test_all_eigenvectors_are_the_layer(directions, refit):
 @pytest.mark.parametrize("directions", [None, 7])
 @pytest.mark.parametrize("n", [1, 3])
 def test_refit_is_the_nearest(n, directions):
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     directions = None if directions is None else randn(directions, 5, dtype=torch.float64)
     whole = bo.interaction_matrices(w, v, p)
     plain, fitted = (truncate(w, v, p, n, directions=directions, refit=refit) for refit in (False, True))
     squares = torch.einsum("ri,rj->rij", fitted.vectors[:, 0], fitted.vectors[:, 0]).flatten(1)
     nearest = torch.linalg.lstsq(squares.t(), whole.flatten(1).t()).solution.t()
-    torch.testing.assert_close(tensor(fitted).flatten(1), nearest @ squares, rtol=1e-8, atol=1e-8)
-    assert (tensor(fitted) - whole).norm() < 0.95 * (tensor(plain) - whole).norm()
+    torch.testing.assert_close(cut_tensor(fitted).flatten(1), nearest @ squares, rtol=1e-8, atol=1e-8)
+    assert (cut_tensor(fitted) - whole).norm() < 0.95 * (cut_tensor(plain) - whole).norm()
 
 
 def test_the_bound_on_the_error_holds():
-    w, v, p = layer(o=3)
+    w, v, p = layer(8, 20, 3)
     x = torch.nn.functional.normalize(randn(200, 8, dtype=torch.float64), dim=1)
     pairs = interaction_eigh(w, v, p, 3)
     error = (truncate(w, v, p, 3)(x) - bo.gated_mlp(x, w, v, p)).abs().amax(0)
@@ -58,14 +55,14 @@ def test_the_bound_on_the_error_holds():
 
 
 def test_gradients_of_a_cut_layer():
-    w, v, p = layer(h=6, d=4, o=2, grad=True)
+    w, v, p = layer(4, 6, 2, grad=True)
     x = randn(5, 4, dtype=torch.float64)
     for refit in (False, True):
         assert torch.autograd.gradcheck(lambda w, v, p, r=refit: truncate(w, v, p, 1, refit=r)(x), (w, v, p))
 
 
 def test_directions_must_span():
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     with pytest.raises(ValueError, match="directions must span the layer.s outputs"):
         truncate(w, v, p, 2, directions=randn(4, 5, dtype=torch.float64))
     assert truncate(w, v, p, 2, directions=randn(4, 5, dtype=torch.float64), refit=True).outputs.shape == (5, 8)
@@ -92,7 +89,7 @@ def forms(x, pairs, r):
 
 
 def test_accuracies(block):
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x, pairs = randn(50, 8, dtype=torch.float64), interaction_eigh(w, v, p)
     labels = bo.gated_mlp(x, w, v, p).argmax(1)
     curve = truncation_curve(x, pairs, labels)
@@ -103,7 +100,7 @@ def test_accuracies(block):
 
 @pytest.mark.parametrize("active_only", [False, True])
 def test_correlations(active_only, block):
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x, pairs = randn(50, 8, dtype=torch.float64), interaction_eigh(w, v, p, 4)
     target = bo.gated_mlp(x, w, v, p).clamp_min(0)
     corr, count = truncation_curve(x, pairs, target, active_only=active_only)
@@ -115,7 +112,7 @@ def test_correlations(active_only, block):
 
 
 def test_correlations_of_sparse_activations(block):
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x, pairs = randn(50, 8, dtype=torch.float64), interaction_eigh(w, v, p, 4)
     indices = torch.stack([torch.randperm(4)[:2] for _ in range(50)])  # output 4 is never active
     acts = randn(50, 2, dtype=torch.float64)
@@ -130,14 +127,14 @@ def test_correlations_of_sparse_activations(block):
 
 
 def test_what_does_not_vary_has_no_correlation():
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x, pairs = randn(50, 8, dtype=torch.float64), interaction_eigh(w, v, p, 2)
     assert truncation_curve(x, pairs, torch.full((50, 5), 0.1).double()).corr.isnan().all()
     assert math.isnan(truncation_curve(x[:0], pairs, torch.zeros(0, dtype=torch.int64))[0])
 
 
 def test_errors():
-    w, v, p = layer()
+    w, v, p = layer(8, 20, 5)
     x, pairs = randn(6, 8, dtype=torch.float64), interaction_eigh(w, v, p, 2)
     labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(TypeError, match="eig must be EigenPairs, got tuple"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bilinear_ops import plots
+from bilinear_ops.analysis import interaction_clusters
 from bilinear_ops.testing import randn
 
 pytest.importorskip("matplotlib")
@@ -58,23 +59,12 @@ def test_an_eigenvector_of_zeros_has_a_scale():
     assert axes.get_images()[0].get_clim() == (-1, 1)
 
 
-def planted(sizes):
-    """A matrix whose rows come in blocks of these sizes, shuffled; the block of each row."""
-    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[torch.randperm(sum(sizes))]
-    strength = randn(len(sizes), len(sizes))
-    noise = 0.05 * randn(len(block), len(block))
-    return (strength + strength.mT)[block][:, block] + noise + noise.mT, block
-
-
-@pytest.mark.parametrize("sizes", [(1,), (3, 4), (2, 5, 1, 4)])
-def test_interactions_show_clusters(sizes):
-    q, block = planted(sizes)
-    groups = plots.cluster(q, len(sizes))
+def test_interactions_show_clusters():
+    q = randn(12, 12)
+    q = q + q.mT
+    groups = interaction_clusters(q, 4)
     order = [i for group in groups for i in group]
-    assert sorted(order) == list(range(len(q)))
-    assert all(len(set(block[group].tolist())) == 1 for group in groups), "no block is torn or mixed"
-
-    figure = plots.interactions(q, labels=[str(i) for i in range(len(q))], clusters=len(sizes))
+    figure = plots.interactions(q, labels=[str(i) for i in range(len(q))], clusters=4)
     axes, _bar = figure.axes
     (image,) = axes.get_images()
     torch.testing.assert_close(torch.as_tensor(image.get_array().data), q[order][:, order].double())
@@ -85,26 +75,16 @@ def test_interactions_show_clusters(sizes):
     assert [line.get_xdata()[0] for line in axes.get_lines()[1::2]] == [edge - 0.5 for edge in edges]
 
 
-def test_what_is_not_finite_has_no_clusters():
-    q = torch.eye(3)
-    q[0, 1] = torch.nan
-    with pytest.raises(ValueError, match="q must be finite"):
-        plots.cluster(q, 2)
-
-
-def test_clusters_lie_beside_what_they_resemble():
-    """Cut finely, the groups of one coarse cluster are neighbours."""
-    q, block = planted((4, 6, 5))
-    order = [i for group in plots.cluster(q, len(q)) for i in group]
-    assert len(list(itertools.groupby(block[order].tolist()))) == 3
-
-
 def test_interactions_keep_their_order():
     q = randn(50, 50)
     axes, _bar = plots.interactions(q + q.mT, labels=["?"] * 50).axes
     torch.testing.assert_close(torch.as_tensor(axes.get_images()[0].get_array().data), (q + q.mT).double())
     assert not axes.get_lines()
     assert "?" not in [tick.get_text() for tick in axes.get_yticklabels()], "fifty names could not be read"
+
+
+def test_the_former_name_of_clusters():
+    assert plots.cluster is interaction_clusters
 
 
 def test_truncation():
