@@ -12,6 +12,8 @@ from bilinear_ops.gated import gated_bilinear, gated_mlp
 from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.results import ACTIVATIONS
 
+__all__ = ["GatedBilinear", "GatedMLP", "Rank1Embedding", "Rank1Linear"]
+
 
 class _Gated(nn.Module):
     """Up-projections w, v `[h, d]`, their biases, the activation and beta, shared by the two layers."""

@@ -18,6 +18,8 @@ from torch.nn.functional import normalize
 from bilinear_ops._check import check, check_beside
 from bilinear_ops.analysis.clusters import interaction_clusters
 
+__all__ = ["cluster", "eigenvectors", "interactions", "similarity", "spectrum", "truncation"]
+
 Figure = Any  # matplotlib.figure.Figure, which only a call imports
 
 SIGNED = "RdBu"

@@ -1,0 +1,34 @@
+"""The public names, in full: what a user imports today keeps its name."""
+
+import pytest
+
+import bilinear_ops as bo
+
+NAMES = {
+    bo: """
+        ActiveInteractions Directions InteractionMoments TopInteractions
+        active_interactions eigen_form interaction_diagonal interaction_entries interaction_matrices
+        interaction_moments interaction_topk iter_interaction_matrices layer_inner neuron_gram pack_symmetric
+        quadratic_form unpack_symmetric
+        gated_bilinear gated_mlp
+        faithfulness_loss importance_minimality lower_leaky_hard_sigmoid rank1_accumulate rank1_linear rank1_sparse
+        stochastic_delta stochastic_mask stochastic_rank1_linear upper_leaky_hard_sigmoid
+        analysis nn plots reference warmup
+    """,
+    bo.analysis: """
+        BiasTerms CPDecomposition EigenPairs EvenOdd HOSVD QuadraticLayer Reexpression StrongestDirections
+        TruncationCorrelation VirtualLayer
+        adversarial_masks augment_biases bias_terms cp_decompose effective_rank even_odd_split glu_gates hosvd hoyer
+        interaction_clusters interaction_eigh layer_similarity reexpress strength strongest_directions truncate
+        truncation_correlation truncation_curve virtual_interactions
+    """,
+    bo.nn: "GatedBilinear GatedMLP Rank1Embedding Rank1Linear",
+    bo.plots: "cluster eigenvectors interactions similarity spectrum truncation",
+}
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_public_names(module):
+    assert sorted(module.__all__) == sorted(NAMES[module].split())
+    for name in module.__all__:
+        assert hasattr(module, name)
