@@ -8,7 +8,7 @@ import bilinear_ops as bo
 from bilinear_ops import analysis
 
 
-@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 def test_augment_biases(activation):
     x, w, v, p, b_w, b_v, b_p = doubles((11, 5), (8, 5), (8, 5), (4, 8), (8,), (8,), (4,))
     ones = torch.cat([x, x.new_ones(11, 1)], 1)
@@ -16,10 +16,10 @@ def test_augment_biases(activation):
         augmented = analysis.augment_biases(w, v, p, *biases)
         expected = bo.gated_mlp(x, w, v, p, *biases, activation=activation)
         close(bo.gated_mlp(ones, *augmented, activation=activation), expected)
-    if activation == "identity":
+    if activation != "silu":  # b_p is multiplied by act(1)
         close(
-            bo.gated_mlp(ones, *analysis.augment_biases(w, v, p, b_w, b_v, b_p)),
-            bo.gated_mlp(x, w, v, p, b_w, b_v, b_p),
+            bo.gated_mlp(ones, *analysis.augment_biases(w, v, p, b_w, b_v, b_p), activation=activation),
+            bo.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation),
         )
 
 

@@ -26,14 +26,14 @@ def expected(q, n, which):
     values, vectors = torch.linalg.eigh(q)
     found = []
     for spectrum in values.detach():
-        rising = spectrum.argsort().tolist()
-        falling = rising[::-1]
+        ascending = spectrum.argsort().tolist()
+        descending = ascending[::-1]
         found.append(
             {
-                "abs": sorted(rising, key=lambda i, s=spectrum: -abs(s[i].item()))[:n],
-                "positive": falling[:n],
-                "negative": rising[:n],
-                "both": falling[:n] + rising[:n],
+                "abs": sorted(ascending, key=lambda i, s=spectrum: -abs(s[i].item()))[:n],
+                "positive": descending[:n],
+                "negative": ascending[:n],
+                "both": descending[:n] + ascending[:n],
             }[which]
         )
     rest = [
@@ -113,7 +113,7 @@ def lead(values):
 
 DECAY = (torch.arange(120) + 1.0).rsqrt() * torch.where(torch.arange(120) % 3 > 0, 1.0, -1.0)
 SPECTRA = {
-    "falling": DECAY,
+    "descending": DECAY,
     "double": torch.cat([torch.ones(2), DECAY[2:]]),
     "fivefold": torch.cat([torch.ones(5), DECAY[5:]]),
     "threefold within": torch.cat([DECAY[:2], DECAY[2].expand(3), DECAY[5:]]),

@@ -1,4 +1,4 @@
-"""What the papers do with the bilinear tensor: pure functions over the package's ops.
+"""Analysis of bilinear layers from their weights: pure functions over the package's ops.
 
 [P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417); [B] and [A]
 are the "Brain dump on parameter decompositions, transcoders" post and its appendix; formulas are in docs/math.md.
@@ -56,5 +56,5 @@ __all__ = [
     "virtual_interactions",
 ]
 
-# Pickles of earlier results name the modules that held them.
+# Pickles of earlier versions name these former modules; the types are found in this one.
 sys.modules.update({f"{__name__}.{former}": sys.modules[__name__] for former in ("directions", "layers", "spectra")})

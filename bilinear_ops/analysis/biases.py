@@ -1,4 +1,4 @@
-"""Biases as one more input, and the interaction, linear and constant part of a layer that has them."""
+"""Layers with biases: biases folded into the weights, and the interaction, linear and constant parts of a layer."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def augment_biases(
     b_v: Tensor | None = None,
     b_p: Tensor | None = None,
 ) -> Layer:
-    """The layer without biases that equals the biased one on [x, 1]; its tensor holds all of it ([P] App. J).
+    """Fold biases into the weights: the layer returned equals the biased layer when applied to [x, 1] ([P] App. J).
 
-    b_w and b_v become a last column of w and v. b_p goes through one more neuron, 1 * act(1): this neuron is right
-    for the bilinear layer only, the columns for every activation.
+    b_w and b_v become a last column of w and of v, which is exact for every activation. b_p becomes the output vector
+    of an additional neuron, whose hidden value is act(1): exact for identity and relu only.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None for none.
+        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None where there is no bias.
 
     Returns:
-        (w, v, p), `[h, d + 1]` twice and `[o, h]`; with b_p `[h + 1, d + 1]` twice and `[o, h + 1]`. Differentiable.
+        (w, v, p) of shapes `[h, d + 1]`, `[h, d + 1]` and `[o, h]`; with b_p, h is one larger. Differentiable.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -66,7 +66,7 @@ def bias_terms(
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None for none.
+        b_w, b_v, b_p: `[h]`, `[h]` and `[o]`; None where there is no bias.
 
     Returns:
         `BiasTerms(interaction, linear, constant)`: the layer (w, v, p), P (b_v * W + b_w * V) `[o, d]`, and

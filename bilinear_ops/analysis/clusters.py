@@ -1,4 +1,4 @@
-"""Clusters of inputs that interact, for the order of a heat map."""
+"""Clusters of features with similar interactions, to order a heat map."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bilinear_ops._check import check, check_integers
 
 
 def interaction_clusters(q: Tensor, clusters: int) -> list[list[int]]:
-    """The rows of a symmetric matrix in groups that interact alike: average linkage by the cosine of rows.
+    """Group the rows of a symmetric matrix by average linkage of their cosines.
 
     Args:
         q: `[F, F]`.
-        clusters: how many groups, from 1 to F.
+        clusters: number of groups, from 1 to F.
 
     Returns:
-        The indices of each group; neighbours, within a group and from one to the next, were joined early.
+        The row indices of each group, in the order of the linkage tree: similar groups are neighbours.
 
     Raises:
         RuntimeError: q is not square.

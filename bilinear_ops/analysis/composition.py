@@ -1,4 +1,4 @@
-"""Two bilinear layers composed, and a layer in other output directions."""
+"""Composition of two bilinear layers, and a layer expressed in other output directions."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.interaction.gram import layer_inner
 from bilinear_ops.results import Layer
 
-OUTSIDE = 1e-6  # of |B|: what directions may miss by rounding alone
+OUTSIDE = 1e-6  # share of |B| outside of the directions' span that rounding can explain
 
 
 class VirtualLayer(NamedTuple):
-    """The second of two layers as a function of the first one's hidden units, to be used as any bilinear layer."""
+    """The second of two layers as a bilinear layer over the hidden units of the first."""
 
     w: Tensor  # [h2, h1], or [h2, d + h1] with the residual stream
     v: Tensor  # as w
     p: Tensor  # [o, h2]
-    scale: Tensor  # [h1] or [d + h1]: the norms of what its inputs compute; Q_ij scale_i scale_j can be compared
+    scale: Tensor  # [h1] or [d + h1]: norms of the first layer's neurons, 1 for residual inputs
 
 
 class Reexpression(NamedTuple):
-    """B = sum_k outputs_k (x) Q_k with the interaction matrices Q_k of the directions."""
+    """B = sum_k outputs_k (x) Q_k, where Q_k is the interaction matrix of direction k."""
 
     c: Tensor  # [K, h], coefficients: Q = interaction_matrices(w, v, c)
-    outputs: Tensor  # [K, o], the rows that multiply them; outputs^T c = p
+    outputs: Tensor  # [K, o], the output vector of each Q_k; outputs^T c = p
 
 
 def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False) -> VirtualLayer:
-    """How the second layer multiplies the first one's hidden units: its interaction matrices are P1^T Q2 P1.
+    """The second layer as a bilinear layer over the hidden units of the first: interaction matrices P1^T Q2 P1.
 
-    They come as a layer, so that nothing `[h1, h1]` is formed unless asked for: `interaction_topk(l.w * l.scale,
-    l.v * l.scale, l.p, n)` ranks them. On the hidden units of the first layer, with any activation,
-    `gated_mlp(hidden, l.w, l.v, l.p)` is `second(first(x))`; with `residual`, on `[x, hidden]`, it is
-    `second(x + first(x))`. What biases do is not in it.
+    The result is a layer `l` in factors, and no `[h1, h1]` matrix is formed. For any activation of the first layer,
+    `gated_mlp(hidden, l.w, l.v, l.p)` equals `second(first(x))`; with `residual=True`, `gated_mlp` of `[x, hidden]`
+    equals `second(x + first(x))`. Biases are not included.
+
+    The scale of a neuron is arbitrary (w can be scaled by s and p by 1 / s), so rank interactions with
+    `interaction_topk(l.w * l.scale, l.v * l.scale, l.p, n)`, which does not depend on it.
 
     Args:
         first: a tuple (w, v, p), `[h1, d]`, `[h1, d]` and `[m, h1]`.
         second: (w, v, p), `[h2, m]`, `[h2, m]` and `[o, h2]`.
-        residual: whether the second layer reads the first one's input too, so that m = d.
+        residual: whether the second layer reads the input of the first layer as well (then m = d).
 
     Returns:
-        `VirtualLayer(w, v, p, scale)`, differentiable. `scale` is |sym(w_h v_h^T)| of the first layer's neurons, by
-        which their arbitrary scale is undone, and 1 for inputs.
+        `VirtualLayer(w, v, p, scale)`, differentiable. `scale` is |sym(w_h v_h^T)| for each neuron of the first
+        layer, and 1 for residual inputs.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -81,15 +83,15 @@ def _neuron_norms(w: Tensor, v: Tensor) -> Tensor:
 
 
 def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpression:
-    """The layer through its interaction matrices along given output directions, with nothing lost ([P] App. I).
+    """Express a layer exactly by its interaction matrices along given output directions ([P] App. I).
 
-    `interaction_matrices(w, v, c)` are the directions' matrices, and B = sum_k outputs_k (x) Q_k: the rows `outputs`
-    are those of the directions' pseudo-inverse. They are dual to the directions only where these are independent;
-    the sum is B for more directions than outputs too.
+    B = sum_k outputs_k (x) Q_k, where the Q_k are `interaction_matrices(w, v, c)` and the rows of `outputs` are the
+    columns of the directions' pseudo-inverse. The sum is exact for overcomplete directions (K > o) too. The outputs are
+    dual to the directions only if these are independent.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        directions: `[K, o]` of full rank, which must span the layer's outputs.
+        directions: `[K, o]` of full rank, whose span must contain the layer's outputs.
 
     Returns:
         `Reexpression(c, outputs)` in w's dtype, float32 for half precision; differentiable.
@@ -97,7 +99,7 @@ def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpressi
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: directions that are not of full rank, or that some of B's outputs lie outside of.
+        ValueError: directions that do not have full rank, or that do not span the layer's outputs.
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "K o"))
     dtype = torch.promote_types(w.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A bilinear layer's tensor as a sum of fewer rank-1 terms, by alternating least squares on its factors."""
+"""CP decomposition of a bilinear layer's tensor, by alternating least squares on the layer's factors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from bilinear_ops._check import check, check_integers
 from bilinear_ops.interaction.gram import layer_inner, neuron_gram
 
-CG_TOLERANCE = 1e-13  # of the residual in the preconditioner's norm, where float64 has nothing left to gain
+CG_TOLERANCE = 1e-13  # relative residual in the preconditioner's norm: the accuracy of float64
 
 
 class CPDecomposition(NamedTuple):
-    """A bilinear layer (w, v, p) of `rank` neurons, the strongest first, and how far it was from B at every step."""
+    """A bilinear layer (w, v, p) of `rank` neurons, the strongest first, and its error after every step."""
 
     w: Tensor  # [rank, d], rows of norm 1
     v: Tensor  # [rank, d], rows of norm 1
     p: Tensor  # [o, rank]
-    errors: Tensor  # [steps done + 1]: |B - B_rank| / |B|, falling; its first entry belongs to the start
+    errors: Tensor  # [steps done + 1]: |B - B_rank| / |B|, descending; the first entry is that of the initial terms
 
 
 @torch.no_grad()
@@ -34,23 +34,24 @@ def cp_decompose(
     inner_steps: int = 10,
     tol: float = 1e-6,
 ) -> CPDecomposition:
-    """B as sum_r p_r (x) sym(w_r v_r^T) with few terms, fitted in Frobenius norm: the best smaller bilinear layer.
+    """Fit B by sum_r p_r (x) sym(w_r v_r^T) with `rank` terms: a smaller bilinear layer, near in Frobenius norm.
 
-    A step solves for w, p, v and p again, each by least squares with the others held (ALS). B is never formed; the
-    cost of a step is that of a few products `[h, d] x [d, rank]`, in float64. No step raises the error: one that would
-    is not taken, and ends the fit. The error is a difference of squares: below 1e-7 it is rounding. Not differentiable.
+    A step solves for w, p, v and p again, each by least squares with the others fixed (ALS). The result is a local
+    optimum, which depends on `init`. B is never formed: a step costs a few products `[h, d] x [d, rank]` in float64.
+    A step that would raise the error is discarded and ends the fit. The error is computed from a difference of squares
+    and is rounding noise below 1e-7. Not differentiable.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, the layer.
         rank: number of terms, at most h unless `init` is given.
-        init: (w, v) `[rank, d]` to start from, as `init=found[:2]` from an earlier fit; by default strong neurons of
-            the layer that are unlike each other.
-        steps: at most so many.
-        inner_steps: iterations of conjugate gradients for w and for v, which start from their present values.
-        tol: stop where a step lowers the error by less than this fraction of it.
+        init: initial (w, v), `[rank, d]` each, such as `init=found[:2]` of an earlier fit. By default, neurons of the
+            layer chosen to be strong and to differ from each other.
+        steps: maximal number of steps.
+        inner_steps: iterations of conjugate gradients for w and for v, from their current values.
+        tol: stop once a step lowers the error by less than this fraction.
 
     Returns:
-        `CPDecomposition(w, v, p, errors)` in w's dtype, float32 for half precision. Errors are NaN where |B| is 0.
+        `CPDecomposition(w, v, p, errors)` in w's dtype, float32 for half precision. Errors are NaN if |B| is 0.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -90,9 +91,9 @@ def cp_decompose(
 
 
 def _spread_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Neurons whose matrices |p_h| sym(w_h v_h^T) lie farthest, one by one, from the span of those already chosen.
+    """Choose neurons one by one, each the farthest from the span of those chosen, by |p_h| sym(w_h v_h^T).
 
-    This is the pivoted Cholesky factorisation of their Gram matrix, of which only the chosen columns are formed.
+    This is a pivoted Cholesky factorisation of the neurons' Gram matrix; only its chosen columns are formed.
     """
     weight = p.norm(dim=0)
     rest = 0.5 * weight.square() * ((w * w).sum(1) * (v * v).sum(1) + (w * v).sum(1).square())
@@ -113,22 +114,22 @@ def _unit_rows(t: Tensor) -> Tensor:
 
 
 def _error(squares: Tensor, fitted: Tensor) -> Tensor:
-    """|B - B_rank| / |B| where B_rank is a projection of B, so that |B - B_rank|^2 = |B|^2 - |B_rank|^2."""
+    """|B - B_rank| / |B| for a projection B_rank of B, for which |B - B_rank|^2 = |B|^2 - |B_rank|^2."""
     return ((squares - fitted).clamp_min(0) / squares).sqrt()
 
 
 def _solve_down(w: Tensor, v: Tensor, p: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The best output vectors [o, r] of the terms sym(a_r b_r^T), and |B_rank|^2 with them."""
-    products = p @ neuron_gram(w, v, a, b)  # of B with the terms: [o, r]
+    """The least-squares output vectors [o, r] of the terms sym(a_r b_r^T), and the resulting |B_rank|^2."""
+    products = p @ neuron_gram(w, v, a, b)  # inner products of B with the terms: [o, r]
     c = products @ torch.linalg.pinv(neuron_gram(a, b), hermitian=True)
     return c, (products * c).sum()
 
 
 def _solve_up(w: Tensor, v: Tensor, p: Tensor, a: Tensor, b: Tensor, c: Tensor, steps: int) -> Tensor:
-    """The best a [r, d] for given b [r, d] and c [o, r], by conjugate gradients on the normal equations from a.
+    """The least-squares a [r, d] for given b [r, d] and c [o, r], by conjugate gradients on the normal equations.
 
-    Those are 1/2 sum_s N_rs [(b_r . b_s) a_s + (b_r . a_s) b_s] = sum_h X_hr sym(w_h v_h^T) b_r, N = C^T C, X = P^T C.
-    Their first part, N * B B^T on every column of a, bounds the whole from above and is the preconditioner.
+    They read 1/2 sum_s N_rs [(b_r . b_s) a_s + (b_r . a_s) b_s] = sum_h X_hr sym(w_h v_h^T) b_r with N = C^T C and
+    X = P^T C. Their first term N * B B^T / 2 is the preconditioner; the whole operator is at most twice as large.
     """
     n, x = 0.5 * (c.t() @ c), 0.5 * (p.t() @ c)
     first = n * (b @ b.t())

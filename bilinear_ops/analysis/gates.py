@@ -1,4 +1,4 @@
-"""The gates of SwiGLU as a decomposition of the bilinear layer, and even and odd parts of a layer ([A], [B])."""
+"""Gates that turn a bilinear layer into a gated one, and the even and odd parts of a layer ([A], [B])."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
 
 
 class EvenOdd(NamedTuple):
-    """fn(x) = even + odd, of which only the second changes its sign with x."""
+    """fn(x) = even + odd; at -x the even part is the same and the odd part is negated."""
 
     even: Tensor
     odd: Tensor
@@ -26,7 +26,7 @@ class EvenOdd(NamedTuple):
 def glu_gates(
     x: Tensor, v: Tensor, activation: str, *, b_v: Tensor | None = None, beta: float | Tensor = 1.0
 ) -> Tensor:
-    """s(z) at z = x v^T + b_v, where act(z) = z s(z): what multiplies each rank-1 term p_i (x) w_i (x) v_i ([B]).
+    """The gates s(z) of act(z) = z s(z) at z = x v^T + b_v: one factor for each term p_i (x) w_i (x) v_i ([B]).
 
     A gated layer is the bilinear layer with the same weights and these gates on its hidden units:
     `gated_mlp(x, w, v, p, activation=act) = (glu_gates(x, v, act) * gated_bilinear(x, w, v)) p^T`.
@@ -39,12 +39,12 @@ def glu_gates(
         beta: slope of swish.
 
     Returns:
-        `[..., h]`, in [0, 1], differentiable; of relu 1/2 at z = 0, where any would do, so that s(z) + s(-z) is 1.
+        `[..., h]`, in [0, 1], differentiable. For relu, s(0) is 1/2, so that s(z) + s(-z) = 1 holds there too.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: an activation that is not z s(z) with bounded s, such as sigmoid; a beta without swish.
+        ValueError: an activation without such gates (sigmoid), or an unknown one; a beta without swish.
     """
     x, v, b_v = _op.autocast(x, v, b_v)
     check(x=(x, "... d"), v=(v, "h d"), b_v=(b_v, "? h"))
@@ -72,9 +72,10 @@ def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
 
         S(x) + S(-x) = S_bil(x),
 
-    so that the even part of S is S_bil / 2, and by the triangle inequality max(|S(x)|, |S(-x)|) >= |S_bil(x)| / 2:
-    of each input and its negative, at least one keeps half the bilinear layer's strength. ([A] has it in the limit of
-    large x.) Proof: neuron h adds (w.x)(v.x) s(v.x) p_h to S(x) and (w.x)(v.x) s(-v.x) p_h to S(-x).
+    so the even part of S is S_bil / 2. By the triangle inequality max(|S(x)|, |S(-x)|) >= |S_bil(x)| / 2: the gated
+    layer keeps at least half of the bilinear layer's response at x or at -x. [A] states this for large x.
+
+    Proof. Neuron h adds (w.x)(v.x) s(v.x) p_h to S(x) and (w.x)(v.x) s(-v.x) p_h to S(-x).
 
     Args:
         fn: from `[..., d]` to `[..., o]`.

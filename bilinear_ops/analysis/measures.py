@@ -1,4 +1,4 @@
-"""How concentrated a vector is, and the input masks that move one eigenvector at a time ([P] 4.4, App. D)."""
+"""Measures of how concentrated a vector is, and adversarial masks ([P] 4.4, App. D)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from bilinear_ops.composite.blockwise import widen
 
 
 def effective_rank(t: Tensor) -> Tensor:
-    """(L1 / L2)^2, the participation ratio: how many entries of equal size would spread as widely ([P] App. D).
+    """The participation ratio (L1 / L2)^2: the number of entries of equal magnitude with that ratio ([P] App. D).
 
     Args:
-        t: `[..., n]`: eigenvalues for the effective rank of a matrix, an eigenvector for its effective size.
+        t: `[..., n]`: the eigenvalues of a matrix for its effective rank, an eigenvector for its effective size.
 
     Returns:
-        `[...]`, from 1 for one entry to n for equal magnitudes; NaN where t is zero.
+        `[...]`, from 1 for a single non-zero entry to n for equal magnitudes; NaN where t is zero.
 
     Raises:
         TypeError: t is not a floating-point tensor.
@@ -26,7 +26,7 @@ def effective_rank(t: Tensor) -> Tensor:
 
 
 def hoyer(t: Tensor) -> Tensor:
-    """(sqrt(n) - L1 / L2) / (sqrt(n) - 1), Hoyer's sparsity: 0 for equal magnitudes, 1 for a single entry.
+    """Hoyer's sparsity (sqrt(n) - L1 / L2) / (sqrt(n) - 1): 0 for equal magnitudes, 1 for a single non-zero entry.
 
     Args:
         t: `[..., n]`, n > 1.
@@ -36,7 +36,7 @@ def hoyer(t: Tensor) -> Tensor:
 
     Raises:
         TypeError: t is not a floating-point tensor.
-        RuntimeError: fewer than two entries, which can be neither dense nor sparse.
+        RuntimeError: fewer than two entries, for which the measure is not defined.
     """
     n = check(t=(t, "... n"))["n"]
     if n < 2:
@@ -47,18 +47,18 @@ def hoyer(t: Tensor) -> Tensor:
 def _l1_over_l2(t: Tensor) -> Tensor:
     (t,) = widen(t)
     if t.shape[-1]:
-        t = t / t.detach().abs().amax(-1, keepdim=True)  # whose squares might leave the dtype's range
+        t = t / t.detach().abs().amax(-1, keepdim=True)  # squares could overflow or underflow
     return t.norm(p=1, dim=-1) / t.norm(dim=-1)
 
 
 def adversarial_masks(vectors: Tensor) -> Tensor:
-    """The rows of pinv(vectors)^T: adding one to an input moves its own eigenvector's activation alone ([P] 4.4).
+    """Input masks, each of which changes the activation of one eigenvector only: the rows of pinv(vectors)^T ([P] 4.4).
 
     Args:
         vectors: `[..., n, d]`, eigenvectors of one or of several outputs as rows.
 
     Returns:
-        `[..., n, d]`: masks @ vectors^T is the identity where the vectors are independent.
+        `[..., n, d]`: masks @ vectors^T is the identity if the vectors are independent.
 
     Raises:
         TypeError: vectors is not a floating-point tensor.

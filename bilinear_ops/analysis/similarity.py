@@ -1,4 +1,4 @@
-"""How alike two bilinear layers are, from their weights ([P] 4.2)."""
+"""Similarity of two bilinear layers, from their weights ([P] 4.2)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ MEASURES = ("frobenius", "gaussian")
 def layer_similarity(
     w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor, *, measure: str = "frobenius"
 ) -> Tensor:
-    """The cosine between two bilinear layers, computed in float64 without their tensors: 1 for equal functions.
+    """The cosine similarity of two bilinear layers, 1 for equal functions; no third-order tensor is formed.
+
+    Computed in float64.
 
     Args:
         w1, v1, p1: `[h1, d]`, `[h1, d]` and `[o, h1]`, the first layer.
         w2, v2, p2: `[h2, d]`, `[h2, d]` and `[o, h2]`, the second.
-        measure: "frobenius" for the angle between B1 and B2; "gaussian" for that between the outputs on normal inputs,
-            E[y1 . y2] = sum_o 2 <Q1, Q2> + tr Q1 tr Q2.
+        measure: "frobenius" compares the tensors B1 and B2; "gaussian" compares the outputs on standard normal inputs,
+            by E[y1 . y2] = sum_o 2 <Q1, Q2> + tr Q1 tr Q2.
 
     Returns:
-        a 0-dim tensor in w1's dtype, float32 for half precision; NaN where a layer is zero.
+        A 0-dim tensor in w1's dtype, float32 for half precision; NaN if a layer is zero.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.

@@ -1,4 +1,4 @@
-"""Higher-order singular values of a bilinear layer's tensor, from inner products of its neurons (docs/math.md 2)."""
+"""Higher-order SVD of a bilinear layer's tensor, from inner products of its neurons (docs/math.md 2)."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from bilinear_ops.interaction.gram import neuron_gram
 
 MODES = ("output", "input")
 TILE = 512  # neurons on each side of a tile of the Gram matrices
-CONDITION = 1e-4  # of the singular values, below which squaring them loses too many of float64's digits
+CONDITION = 1e-4  # ratio of singular values below which their squares lose too many digits of float64
 
 
 class HOSVD(NamedTuple):
-    """The strongest output (or input) directions of B, as columns, with their singular values in falling order."""
+    """The strongest output (or input) directions of B as columns, with their singular values, descending."""
 
     U: Tensor  # [o, rank], or [d, rank] in input mode
     S: Tensor  # [rank]
-    norm: Tensor  # 0-dim: |B|, so that 1 - sum S^2 / norm^2 is the share of |B|^2 that the rank leaves out
+    norm: Tensor  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
 
 
 def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -> HOSVD:
     """The leading singular vectors of B flattened to `[o, d^2]`, or in input mode to `[d, o d]` ([P] 3.3).
 
-    In output mode, `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal, of norms S. B is never formed: the
-    work is about 3 h^2 d multiplications in float64. Output mode keeps singular values down to 1e-8 of the largest
-    to 1e-6 of themselves, unless neurons are dead or copies of each other; then, and in input mode, down to 1e-5.
+    In output mode, the matrices `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal and have norms S. B is
+    never formed; the cost is about 3 h^2 d multiplications in float64.
+
+    Singular values have a relative error of at most 1e-6 down to 1e-8 of the largest in output mode; down to 1e-5 of
+    the largest in input mode, or if some neurons are zero or copies of each other.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        rank: how many, at most min(o, h), or d in input mode.
+        rank: number of singular vectors, at most min(o, h), or d in input mode.
         mode: "output" or "input".
 
     Returns:
         `HOSVD(U, S, norm)` in w's dtype, float32 for half precision. The largest component of a column of U is
-        positive. Differentiable where no two singular values are equal.
+        positive. Differentiable if the singular values are distinct.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -59,7 +61,7 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
     u, s = vectors.flip(1)[:, :rank], squares.flip(0)[:rank].clamp_min(0).sqrt()
     if mode == "output" and rank and s[-1] < CONDITION * s[0]:
         factor, failed = torch.linalg.cholesky_ex(neuron_gram(w, v))
-        if not failed:  # the Gram matrix of dead or equal neurons has no Cholesky factor
+        if not failed:  # Gram matrices of zero or equal neurons have no Cholesky factor
             u, s, _ = torch.linalg.svd(p @ factor, full_matrices=False)
             u, s = u[:, :rank], s[:rank]
     norm = gram.diagonal().sum().sqrt()
@@ -67,7 +69,7 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
-    """Vectors `[..., d]`, each with the sign that makes its largest component positive."""
+    """Flip vectors `[..., d]` so that the component of largest magnitude is positive."""
     if not vectors.numel():
         return vectors
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
@@ -75,7 +77,7 @@ def fix_signs(vectors: Tensor) -> Tensor:
 
 
 def _output_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    """P Kern P^T [o, o], Kern being the neurons' Gram matrix; a pair of tiles and its mirror image are one product."""
+    """P Kern P^T [o, o] with Kern the neurons' Gram matrix, by pairs of tiles; Kern is symmetric."""
     tiles = list(zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True))
     gram = p.new_zeros(p.shape[0], p.shape[0])
     for i, (w1, v1, p1) in enumerate(tiles):
@@ -91,7 +93,7 @@ def _output_tile(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2:
 
 
 def _input_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    """sum_oj B_oij B_oj'i [d, d], some neurons against all others at a time."""
+    """sum_oj B_oij B_oi'j [d, d], a tile of neurons against all neurons at a time."""
     gram = w.new_zeros(w.shape[1], w.shape[1])
     for w1, v1, p1 in zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True):
         gram = gram + recompute(_input_tile, w1, v1, p1, w, v, p)

@@ -1,4 +1,4 @@
-"""Where a gated layer answers most strongly, and what its gates do there ([A]; docs/math.md 1)."""
+"""Inputs to which a bilinear layer has the strongest response, and the strength of a response ([A])."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bilinear_ops._check import check, check_integers
 from bilinear_ops.analysis.singular import fix_signs, hosvd
 from bilinear_ops.gated import gated_mlp
 
-SEEDS = 64  # climbs, where the output directions have as many Ritz vectors
+SEEDS = 64  # climbs, if the output directions have that many Ritz vectors
 SEED_KRYLOV, STEP_KRYLOV = 24, 6  # dimensions of the Krylov spaces of a seed and of an alternating step
-SAME = 0.99  # |cosine| of two climbs that ended at one maximum
+SAME = 0.99  # |cosine| from which two end points count as one maximum
 
 
 class StrongestDirections(NamedTuple):
-    """Unit inputs `[m, d]` at which |B(x, x)| has distinct local maxima, and its values `[m]` there, falling."""
+    """Unit inputs `[m, d]` at distinct local maxima of |B(x, x)|, and the maxima `[m]`, descending."""
 
     vectors: Tensor
     strengths: Tensor
@@ -29,22 +29,22 @@ class StrongestDirections(NamedTuple):
 def strongest_directions(
     w: Tensor, v: Tensor, p: Tensor, n: int, *, steps: int = 500, tol: float = 1e-10
 ) -> StrongestDirections:
-    """Unit inputs that a bilinear layer answers most strongly: local maxima of |B(x, x)| ([A]).
+    """Unit inputs at local maxima of a bilinear layer's response |B(x, x)|, the largest found first ([A]).
 
     Climbs by the symmetric higher-order power method, x <- B(x, B(x, x)) normalised, from the top eigenvectors of
-    the strongest output directions (`hosvd`). Where a step would go down, x moves to the strongest vector of a Krylov
-    space of Q_u, u = B(x, x), which cannot. The result is the same every time, and no proof that the first is the
-    largest. Not differentiable; `strength` is, at the vectors found.
+    the strongest output directions (`hosvd`). If such a step would lower |B(x, x)|, x moves to the top Ritz vector of a
+    Krylov space of Q_u with u = B(x, x) instead, which never does. The result is deterministic. The first maximum is
+    not guaranteed to be the global one. Not differentiable; `strength` is, at the vectors found.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        n: how many at most; fewer are returned where fewer distinct ones were found.
-        steps: of each climb at most.
-        tol: a climb ends where a step gains less than this fraction.
+        n: maximal number of directions; fewer are returned if fewer distinct maxima were found.
+        steps: maximal number of steps of a climb.
+        tol: a climb ends once a step gains less than this fraction.
 
     Returns:
-        `StrongestDirections(vectors, strengths)` in w's dtype, float32 for half precision; x and -x are one maximum,
-        given with its largest component positive.
+        `StrongestDirections(vectors, strengths)` in w's dtype, float32 for half precision. Of x and -x, which are one
+        maximum, the one whose largest component is positive.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -84,7 +84,7 @@ def _seeds(w: Tensor, v: Tensor, p: Tensor, count: int) -> Tensor:
 
 
 def _climb(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """One step from unit vectors [m, d], which goes down by rounding at most, and the fractions gained [m]."""
+    """One step from unit vectors [m, d], and the fraction gained by each [m], negative by rounding errors only."""
     y = gated_mlp(x, w, v, p)
     strength = y.norm(dim=1)
     c = y @ p
@@ -102,14 +102,14 @@ def _strengths(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
 
 
 def _apply(x: Tensor, w: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """Q_k x_k [m, d], row by row, of the interaction matrices with coefficients c [m, h]."""
+    """Q_k x_k [m, d], one x for each of the interaction matrices with coefficients c [m, h]."""
     return 0.5 * ((c * (x @ v.t())) @ w + (c * (x @ w.t())) @ v)
 
 
 def _krylov(x: Tensor, w: Tensor, v: Tensor, c: Tensor, dimension: int) -> Tensor:
-    """Ritz vectors [m, n, d] of Q_k, by falling |Ritz value|, on span{x, Q x, Q^2 x, ...}; x [m, d] of unit norm.
+    """Ritz vectors [m, n, d] of Q_k on span{x, Q x, Q^2 x, ...}, by descending |Ritz value|; x [m, d] of unit norm.
 
-    Where that space has fewer dimensions, its missing vectors are zero, and so are their Ritz values.
+    If that space has fewer than n dimensions, the missing vectors and their Ritz values are zero.
     """
     basis, images = x[:, None], _apply(x, w, v, c)[:, None]  # [m, n, d]
     while basis.shape[1] < min(dimension, x.shape[1]):
@@ -129,7 +129,7 @@ def _krylov(x: Tensor, w: Tensor, v: Tensor, c: Tensor, dimension: int) -> Tenso
 
 
 def _distinct(x: Tensor, strengths: Tensor, n: int) -> Tensor:
-    """Indices of the n strongest vectors of which no two are the same up to sign, zeros left out."""
+    """Indices of the n strongest vectors with positive strength, no two the same up to sign."""
     chosen: list[int] = []
     cosines = (x @ x.t()).abs()
     for i in strengths.argsort(descending=True, stable=True).tolist():
@@ -139,14 +139,14 @@ def _distinct(x: Tensor, strengths: Tensor, n: int) -> Tensor:
 
 
 def strength(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """|fn(x)| / |x|^2, which for a bilinear layer depends on the direction of x only ([A]).
+    """The strength |fn(x)| / |x|^2 of a response; for a bilinear layer it depends on the direction of x only ([A]).
 
     Args:
         fn: from `[..., d]` to `[..., o]`.
         x: `[..., d]`.
 
     Returns:
-        `[...]`, differentiable; half precision is measured in float32. NaN at x = 0.
+        `[...]`, differentiable; float32 for half precision. NaN at x = 0.
 
     Raises:
         TypeError: x that is not a floating-point tensor.

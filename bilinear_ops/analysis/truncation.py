@@ -1,4 +1,4 @@
-"""Layers cut down to their leading eigenvectors, and how well these do the layer's work ([P] 4.2, 5, App. I)."""
+"""Truncation of layers to their leading eigenvectors, and how much of a layer remains ([P] 4.2, 5, App. I)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bilinear_ops.results import Directions
 
 
 class QuadraticLayer(NamedTuple):
-    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2, without `outputs` one direction an output."""
+    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2; without `outputs`, y_k is the inner sum."""
 
     values: Tensor  # [K, r]
     vectors: Tensor  # [K, r, d]
     outputs: Tensor | None = None  # [o, K]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[..., d]` to `[..., o]`."""
+        """x `[..., d]` to y `[..., o]`."""
         y = eigen_form(x, self.values, self.vectors)
         return y if self.outputs is None else y @ self.outputs.t()
 
@@ -39,22 +39,22 @@ def truncate(
     which: str = "abs",
     refit: bool = False,
 ) -> QuadraticLayer:
-    """A bilinear layer cut down to n eigenvectors of each output direction ([P] eq. 3, App. I).
+    """Truncate a bilinear layer to n eigenvectors of each output direction ([P] eq. 3, App. I).
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, a layer without biases.
-        n, which: how many and which eigenvectors, as for `interaction_eigh`.
-        directions: `[K, o]`, rows; the outputs themselves for None.
-        refit: give every eigenvector the output vector with which all together are nearest to the layer's tensor, by
-            least squares, rather than its eigenvalue times its direction's dual vector. Never further from it.
+        n, which: number and choice of eigenvectors, as for `interaction_eigh`.
+        directions: `[K, o]`, a direction in each row; None for the outputs themselves.
+        refit: choose the output vectors of all eigenvectors by least squares on the layer's tensor, in place of
+            eigenvalues times dual vectors of the directions. The error in Frobenius norm is never larger.
 
     Returns:
-        `QuadraticLayer`: K directions with n terms each; refitted, K n directions with one.
+        `QuadraticLayer` of K directions with n terms each; with refit, of K n directions with one term each.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: unknown which, n out of range; without refit, directions as `reexpress` refuses them.
+        ValueError: unknown which, n out of range; without refit, directions that `reexpress` refuses.
     """
     check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
     outputs = None if directions is None or refit else reexpress(w, v, p, directions).outputs.t().to(p.dtype)
@@ -69,30 +69,30 @@ def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
     """Output vectors [o, R] that minimise |B - sum_r outputs_r (x) v_r v_r^T| for unit vectors [R, d]."""
     dtype = p.dtype
     w, v, p, vectors = (t.double() for t in (w, v, p, vectors))
-    against = p @ neuron_gram(w, v, vectors, vectors)  # [o, R]: inner products with the layer's tensor
+    against = p @ neuron_gram(w, v, vectors, vectors)  # [o, R]: inner products of the terms with the layer's tensor
     gram = (vectors @ vectors.t()).square()
     inverse = torch.linalg.pinv(gram, hermitian=True)
     outputs = against @ inverse
-    return (outputs + (against - outputs @ gram) @ inverse).to(dtype)  # one refinement: the Gram squares a condition
+    return (outputs + (against - outputs @ gram) @ inverse).to(dtype)  # refined: the Gram squares the condition
 
 
 class TruncationCorrelation(NamedTuple):
-    """Pearson correlations of truncated forms with what they stand for, by number of eigenvectors."""
+    """Pearson correlations of truncated quadratic forms with their targets, by number of eigenvectors."""
 
-    corr: Tensor  # [K, n]: with the first 1, ..., n eigenvectors; NaN where either does not vary
-    count: Tensor  # type: ignore[assignment]  # [K], int64: over how many tokens; hides tuple.count
+    corr: Tensor  # [K, n]: of the first 1, ..., n eigenvectors; NaN if form or target is constant
+    count: Tensor  # type: ignore[assignment]  # [K], int64: number of tokens; hides tuple.count
 
 
 @torch.no_grad()
 def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Tensor) -> TruncationCorrelation:
-    """How well eigenvectors follow sparse activations, over the tokens where these are active ([P] section 5).
+    """Correlation of truncated quadratic forms with sparse activations, over the active tokens ([P] section 5).
 
-    Every number of eigenvectors in one pass, with running sums per output. Not differentiable.
+    One pass for all numbers of eigenvectors, with running sums per output. Not differentiable.
 
     Args:
         x: `[T, d]` inputs of the layer.
         eig: eigenpairs of K output directions.
-        indices, acts: `[T, b]` active directions of each token, int64, and their activations (SAE TopK layout).
+        indices, acts: `[T, b]`, the active directions of each token (int64) and their activations (SAE TopK layout).
 
     Returns:
         `TruncationCorrelation(corr, count)`.
@@ -118,22 +118,23 @@ def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Te
 def truncation_curve(
     x: Tensor, eig: EigenPairs, target: Tensor, *, active_only: bool = False
 ) -> Tensor | TruncationCorrelation:
-    """How well a layer cut down to its first 1, ..., n eigenvectors does, every number in one pass ([P] 4.2, 5).
+    """Accuracy or correlation of a layer truncated to its first 1, ..., n eigenvectors, in one pass ([P] 4.2, 5).
 
     Not differentiable.
 
     Args:
         x: `[T, d]` inputs of the layer.
         eig: eigenpairs of K output directions.
-        target: `[T]` int64 classes, one of K for every token; or `[T, K]` what the directions are to follow.
-        active_only: of a target `[T, K]`, only where it is not 0.
+        target: `[T]` int64, the class of each token among the K outputs; or `[T, K]`, the values to correlate with.
+        active_only: use the non-zero entries of a target `[T, K]` only.
 
     Returns:
-        accuracies `[n]`, float32, of the largest of the K outputs, for classes; else `TruncationCorrelation`.
+        For classes, the accuracies `[n]` (float32) of the largest output as prediction; otherwise
+        `TruncationCorrelation`.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
-        TypeError: an argument that is not a floating-point tensor, or a target that is neither that nor int64.
+        TypeError: an argument that is not a floating-point tensor (a target: neither that nor int64).
         IndexError: a class out of range.
         ValueError: active_only with classes.
     """
@@ -175,7 +176,7 @@ class _Sums:
     def add(self, k: Tensor, forms: Tensor, acts: Tensor) -> None:
         """Outputs k [N], forms [N, n] and acts [N]."""
         f, a = forms.double(), acts.double()
-        # accumulating puts have one order of summation on every device
+        # an accumulating put sums in one order on every device
         self.count.index_put_((k,), torch.ones_like(k), accumulate=True)
         self.act.index_put_((k,), torch.stack([a, a * a], 1), accumulate=True)
         self.form.index_put_((k,), torch.stack([f, f * f, f * a[:, None]], 2), accumulate=True)
@@ -188,6 +189,6 @@ class _Sums:
 
 
 def _variance(mean: Tensor, mean_square: Tensor) -> Tensor:
-    """NaN where it is no more than the rounding errors of its terms."""
+    """The variance, NaN where it is not above the rounding errors of its terms."""
     variance = mean_square - mean * mean
     return torch.where(variance > 1e-12 * mean_square, variance, torch.nan)

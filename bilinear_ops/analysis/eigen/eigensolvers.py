@@ -1,4 +1,4 @@
-"""How the eigenpairs of interaction matrices are found: in which coordinates, by which method, in which order."""
+"""Search for eigenpairs of interaction matrices: coordinates, choice of a method, order of the pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bilinear_ops.analysis.eigen.operators import Factored, Formed, Operator
 from bilinear_ops.interaction.matrices import interaction_matrices
 from bilinear_ops.results import Directions, coefficients
 
-Order = Callable[[Tensor], Tensor]  # eigenvalues [K, m] to indices that put the wanted ones first
+Order = Callable[[Tensor], Tensor]  # eigenvalues [K, m] -> indices [K, m], the wanted eigenvalues first
 
 
 class Layer(NamedTuple):
-    """Up-projections `[h, r]` in coordinates along the orthonormal rows of lift `[r, d]`, or in the inputs' own."""
+    """Up-projections `[h, r]` in the basis of the orthonormal rows of lift `[r, d]`; in input coordinates if None."""
 
     w: Tensor
     v: Tensor
@@ -25,9 +25,9 @@ class Layer(NamedTuple):
 
 
 def compress(w: Tensor, v: Tensor, basis: Tensor | None, count: int) -> Layer:
-    """The layer in the span of its rows, where that is smaller than the input space.
+    """Express the layer in the span of its rows, if that is smaller than the input space.
 
-    The span comes with some dimensions more: eigenvalues of 0, which may be among the wanted ones and the guards.
+    Some random dimensions are added to the span: their eigenvalues 0 may be among the wanted ones and the guards.
     """
     h, width = w.shape
     through_basis = basis is not None and width < 2 * h
@@ -41,31 +41,31 @@ def compress(w: Tensor, v: Tensor, basis: Tensor | None, count: int) -> Layer:
     generator = torch.Generator(w.device).manual_seed(0)
     more = torch.randn(count + GUARDS, d, generator=generator, dtype=w.dtype, device=w.device)
     lift, triangle = torch.linalg.qr(torch.cat([rows, more]).t())
-    coordinates = triangle[:, : len(rows)].t()  # of the rows: zero along what was added
+    coordinates = triangle[:, : len(rows)].t()  # coordinates of the rows, zero along the added dimensions
     w, v = (w @ coordinates, v @ coordinates) if through_basis else (coordinates[:h], coordinates[h:])
     return Layer(w.contiguous(), v.contiguous(), lift.t())
 
 
 class Plan(NamedTuple):
-    """How to find eigenpairs, and how many elements of workspace a direction takes."""
+    """The method, and the workspace of a direction in elements."""
 
     iterative: bool
-    form: bool  # Q, even if only for products
+    form: bool  # whether to form Q, be it for products only
     workspace: int
 
 
 def plan(method: str, outputs: int, h: int, d: int, count: int) -> Plan:
-    """The cheapest plan for each of `outputs` matrices, in FLOPs of a large product that take as long.
+    """The cheapest plan for `outputs` matrices. The unit of cost is the time of a FLOP in a large product.
 
-    The factors were measured on one core at d from 64 to 512. What exceeds the operations of a step, 8 h d and 2 d^2,
-    is the price of products with few vectors.
+    The factors were measured on one core at d from 64 to 512. They exceed the operation counts of a step, 8 h d and
+    2 d^2, because products with few vectors are slower.
     """
     m, steps = subspace(count), 24 + 4 * count
     forming = 2 * h * d * d
     dense = forming + _decomposition(d)
     with_factors, with_q = steps * 10 * h * d, forming + steps * 20 * d * d
     orthogonalising = steps * 30 * m * d
-    calls = steps * 20_000_000 // max(1, outputs)  # some 0.2 ms a step, which all matrices share
+    calls = steps * 20_000_000 // max(1, outputs)  # about 0.2 ms a step, shared by all matrices
     iterations = min(with_factors, with_q) + orthogonalising + calls + steps // STEPS * _decomposition(m)
     if method == "dense" or m >= d or (method == "auto" and dense <= iterations):
         return Plan(False, True, _dense_workspace(d))
@@ -74,7 +74,7 @@ def plan(method: str, outputs: int, h: int, d: int, count: int) -> Plan:
 
 
 def _dense_workspace(d: int) -> int:
-    """Elements for a direction: its matrix, eigenvectors, and what finding them takes."""
+    """Elements for a direction: its matrix, its eigenvectors and the solver's workspace."""
     return 4 * d * d + 1
 
 
@@ -83,7 +83,7 @@ def _decomposition(d: int) -> int:
 
 
 class Solution(NamedTuple):
-    """Eigenpairs as a method found them."""
+    """The eigenpairs that a method found."""
 
     values: Tensor  # [K, count]
     vectors: Tensor  # [K, count, d]
@@ -95,7 +95,7 @@ class Solution(NamedTuple):
 def solve(
     layer: Layer, c: Tensor | Directions, count: int, order: Order, tol: float, plan: Plan, *, refine: bool
 ) -> Solution:
-    """The first `count` eigenpairs; with `refine`, densely where the iterative method did not find them."""
+    """The first `count` eigenpairs; with `refine`, directions that did not converge are solved densely."""
     q = interaction_matrices(layer.w, layer.v, c) if plan.form else None
     if q is not None and not plan.iterative:
         solution = _dense(q, count, order)
@@ -127,16 +127,16 @@ def _iterative(operator: Operator, like: Tensor, count: int, order: Order, tol: 
 
 
 def largest(values: Tensor) -> Tensor:
-    """The largest magnitude of each row [K, m], 0 of an empty one."""
+    """The largest magnitude of each row [K, m], 0 for an empty row."""
     return values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
 
 
 def extremes_first(values: Tensor, n: int, which: str) -> Tensor:
-    """Indices that put the wanted eigenvalues first, then those next to them at either end: [K, m] -> [K, m]."""
+    """Indices [K, m] of eigenvalues [K, m]: the wanted ones first, then inwards from either end of the spectrum."""
     if which == "abs":
         return values.abs().argsort(dim=1, descending=True, stable=True)
-    rising = values.argsort(dim=1, stable=True)
+    ascending = values.argsort(dim=1, stable=True)
     top, bottom = (0 if which == "negative" else n), (0 if which == "positive" else n)
-    between = rising[:, bottom : rising.shape[1] - top]
+    between = ascending[:, bottom : ascending.shape[1] - top]
     inwards = torch.stack([between, between.flip(1)], 2).flatten(1)[:, : between.shape[1]]
-    return torch.cat([rising.flip(1)[:, :top], rising[:, :bottom], inwards], 1)
+    return torch.cat([ascending.flip(1)[:, :top], ascending[:, :bottom], inwards], 1)

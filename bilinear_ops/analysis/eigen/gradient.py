@@ -1,7 +1,8 @@
-"""Derivatives of some eigenpairs of a symmetric matrix, from products with it alone.
+"""Derivatives of some eigenpairs of a symmetric matrix, from matrix-vector products only.
 
-With Q u_j = lambda_j u_j, dlambda_j = u_j^T dQ u_j and du_j = (lambda_j - Q)^+ dQ u_j: the gradient with respect to the
-product Q u_j, which autograd then takes through the factors of Q, is dlambda_j u_j + (lambda_j - Q)^+ du_j.
+From Q u_j = lambda_j u_j follow the differentials dlambda_j = u_j^T dQ u_j and du_j = (lambda_j - Q)^+ dQ u_j. A loss
+with gradients a_j for lambda_j and b_j for u_j therefore has the gradient a_j u_j + (lambda_j - Q)^+ b_j for the
+product Q u_j. Autograd propagates this gradient through the factors of Q.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from bilinear_ops import _op
 def differentiable(
     products: Tensor, values: Tensor, vectors: Tensor, multiply: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(values, vectors) with the derivatives of eigenpairs, once.
+    """Return values and vectors, once differentiable as eigenpairs.
 
     Args:
-        products: `[K, n, d]`, the products Q u with a graph; the vectors they were taken of are constants.
+        products: `[K, n, d]`, the products Q u with a graph; the vectors u are constants.
         values, vectors: `[K, n]` and `[K, n, d]` eigenpairs, constants.
         multiply: x `[K, n, d]` to Q x without a graph, for the backward pass.
     """
@@ -50,11 +51,11 @@ class _EigenPairs(torch.autograd.Function):
 
 
 def _resolvent(values: Tensor, vectors: Tensor, dvectors: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """(lambda_j - Q)^+ dv_j: directly within the known eigenvectors, by MINRES outside of them."""
+    """(lambda_j - Q)^+ dv_j: directly in the span of the known eigenvectors, by MINRES outside of it."""
     inside = dvectors @ vectors.mT  # [K, j, i]
     gaps = values.unsqueeze(2) - values.unsqueeze(1)
     nearly = 8 * torch.finfo(values.dtype).eps * values.abs().amax(1)[:, None, None]
-    # of equal eigenvalues only the common span is determined, and a loss of it alone has no such component
+    # equal eigenvalues determine only their common span; a loss that depends on the span has no such component
     inside = torch.where(gaps.abs() <= nearly, 0.0, inside / gaps)
 
     def outside(x: Tensor) -> Tensor:
@@ -70,9 +71,9 @@ def _resolvent(values: Tensor, vectors: Tensor, dvectors: Tensor, multiply: Call
 
 
 def _minres(multiply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor:
-    """x with |A x - b| <= target for symmetric A, a system a row of [K, n, d] (Paige & Saunders 1975).
+    """x with |A x - b| <= target for symmetric A, one system for each row of [K, n, d] (Paige & Saunders 1975).
 
-    Raises RuntimeError where it does not converge, as when b has a component along which A is singular.
+    Raises RuntimeError without convergence, for example if b has a component in the null space of A.
     """
     tiny = torch.finfo(b.dtype).tiny
     x, zero = torch.zeros_like(b), torch.zeros_like(b[..., :1])
@@ -88,7 +89,7 @@ def _minres(multiply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> 
         alpha = (q * y).sum(2, keepdim=True)
         y = y - alpha * q
         beta = vector_norm(y, dim=2, keepdim=True)
-        # the new column of the tridiagonal matrix, of which the last two rotations leave `far` and `near` above
+        # the new column of the tridiagonal matrix after the last two rotations: far, near, diagonal
         far_now, near, diagonal = far, cos * diagonal + sin * alpha, sin * diagonal - cos * alpha
         radius = torch.hypot(diagonal, beta).clamp_min(tiny)
         step, step_before = (q - far_now * step_before - near * step) / radius, step

@@ -1,9 +1,9 @@
 """Thick-restart Lanczos, in lockstep over many symmetric matrices (Wu & Simon 2000, with one vector a step).
 
-Every matrix has a basis of as many vectors, and one product extends all of them. The wanted Ritz pairs converge
-together with two guards next to them, which show an eigenvalue about to be missed. A Krylov space holds one vector of
-each eigenspace, so pairs count as found only where a second space, from a random vector orthogonal to them, changes
-none.
+All matrices have bases of equal size, extended by one shared product. The wanted Ritz pairs converge together with two
+guard pairs next to them, which reveal an eigenvalue about to be missed. A Krylov space contains only one vector of each
+eigenspace. So pairs count as found only if a second Krylov space, from a random vector orthogonal to them, does not
+change them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.linalg import vector_norm  # several times faster on rows than Tensor
 from bilinear_ops.analysis.eigen.operators import Operator
 
 GUARDS = 2
-FIRST = 12  # products, beyond the pairs' number, before a first look at the Ritz pairs
-STEPS = 8  # between looks, each of which costs as much as a few products; and to confirm pairs
-MOST_LOOKS = 100  # given up as not converged beyond
+FIRST = 12  # products beyond the number of pairs before the first look at the Ritz pairs
+STEPS = 8  # products between looks, and to confirm pairs; a look costs as much as a few products
+MOST_LOOKS = 100  # then reported as not converged
 
 
 class RitzPairs(NamedTuple):
@@ -28,17 +28,17 @@ class RitzPairs(NamedTuple):
 
     values: Tensor  # [K, n + guards]
     vectors: Tensor  # [K, n + guards, d]
-    residuals: Tensor  # [K, n + guards], as the recurrence has them
+    residuals: Tensor  # [K, n + guards], from the recurrence
     found: Tensor  # [K], bool
 
 
 def subspace(n: int) -> int:
-    """How many basis vectors each matrix keeps at most; there is nothing to iterate for where these are all."""
+    """The largest number of basis vectors of a matrix; iterating makes sense only for more dimensions than that."""
     return max(40, 3 * n + 24)
 
 
 def eigh(q: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of lower triangles, NaN where a matrix is not finite: that function may raise for all."""
+    """torch.linalg.eigh of lower triangles; NaN for a matrix that is not finite, where torch raises for the batch."""
     broken = ~q.isfinite().flatten(1).all(1)
     if not broken.any():
         return torch.linalg.eigh(q)
@@ -59,7 +59,7 @@ def lanczos(operator: Operator, like: Tensor, n: int, order: Callable[[Tensor], 
     generator = torch.Generator(like.device).manual_seed(0)
 
     def fresh(basis: Tensor) -> Tensor:
-        """A random unit vector orthogonal to each basis [K, m, d]: the same draw for all, whatever their number."""
+        """A random unit vector orthogonal to each basis [K, m, d]; the draw does not depend on K."""
         x = torch.randn(basis.shape[2], generator=generator, dtype=like.dtype, device=like.device)
         x = x.expand(len(basis), 1, -1)
         for _ in range(3):
@@ -67,7 +67,7 @@ def lanczos(operator: Operator, like: Tensor, n: int, order: Callable[[Tensor], 
             x = x / vector_norm(x, dim=2, keepdim=True)
         return x[:, 0]
 
-    tol = 0.5 * tol  # each of two spaces leaves as much behind
+    tol = 0.5 * tol  # each of the two spaces may contribute an error of this size
     nothing = like.new_zeros(operator.count, 0)
     pairs = _converge(operator, nothing, nothing.unsqueeze(2).expand(-1, -1, like.shape[-1]), n, order, tol, fresh)
     confirmed = torch.zeros_like(pairs.found)
@@ -75,7 +75,7 @@ def lanczos(operator: Operator, like: Tensor, n: int, order: Callable[[Tensor], 
         pending = pairs.found & ~confirmed
         if not pending.any():
             break
-        before = pairs.values[pending]  # of equal magnitudes either sign may come first
+        before = pairs.values[pending]  # compared by magnitude: at equal magnitudes, either sign may come first
         again = _converge(operator.take(pending), before, pairs.vectors[pending], n, order, tol, fresh)
         same = (again.values.abs() - before.abs()).abs() <= tol * before.abs().amax(1, keepdim=True)
         confirmed[pending] = again.found & same.all(1)
@@ -93,7 +93,7 @@ def _converge(
     tol: float,
     fresh: Callable[[Tensor], Tensor],
 ) -> RitzPairs:
-    """Ritz pairs with residuals within tol of the largest, from none or from such pairs, and a fresh vector."""
+    """Ritz pairs with residuals within tol of the largest value, from known pairs (or none) and a fresh vector."""
     (count, known, d), kept, most = vectors.shape, n + GUARDS, subspace(n)
     pairs = RitzPairs(
         vectors.new_zeros(count, kept),
@@ -125,7 +125,7 @@ def _converge(
             basis, t, theta, s, scale = basis[rest], t[rest], theta[rest], s[rest], scale[rest]
         if not len(rows):
             break
-        if m == most:  # restart from the leading Ritz vectors and what they led to
+        if m == most:  # restart from the leading Ritz vectors and the next basis vector
             m = kept + max(4, kept // 2)
             following = basis[:, most].clone()
             basis[:, :m] = s[:, :, :m].mT @ basis[:, :most]
@@ -144,22 +144,22 @@ def _extend(
     scale: Tensor,
     fresh: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Multiply basis vectors start:stop, each product giving the next vector and a row of t = basis Q basis^T, whose
-    lower triangle alone is kept. `scale` [K, 1] is the largest product's norm so far.
+    """Multiply basis vectors start:stop. Each product gives the next vector and a row of t = basis Q basis^T.
 
-    Returns the norm [K] of what the last product had outside of the basis.
+    Only the lower triangle of t is written. `scale` [K, 1] is the largest norm of a product so far.
+    Returns the norm [K, 1] of the last product's component outside of the basis.
     """
-    eps = 32 * torch.finfo(basis.dtype).eps  # of a product, many of whose terms cancel
+    eps = 32 * torch.finfo(basis.dtype).eps  # relative to a product, whose terms cancel
     for m in range(start, stop):
         y = operator(basis[:, m : m + 1])
         torch.maximum(scale, vector_norm(y, dim=2), out=scale)
-        near = 0 if m == start else m - 1  # where, but for rounding errors, all of it is that is in the basis
+        near = 0 if m == start else m - 1  # up to rounding, the product's component in the basis lies here
         y, main = _split(y, basis[:, near : m + 1])
         y, inside = _split(y, basis[:, : m + 1])
         inside[:, :, near:] += main
         t[:, m, : m + 1] = inside[:, 0]
         beta = vector_norm(y, dim=2)
-        ended = (beta <= eps * scale)[:, 0]  # the space is invariant: go on from anywhere outside of it
+        ended = (beta <= eps * scale)[:, 0]  # the space is invariant: continue from a random vector outside of it
         torch.div(y[:, 0], beta, out=basis[:, m + 1])
         if ended.any():
             basis[ended, m + 1] = fresh(basis[ended, : m + 1])
@@ -167,6 +167,6 @@ def _extend(
 
 
 def _split(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """y [K, 1, d] less its part in the span of the orthonormal basis [K, m, d], and that part's coefficients."""
+    """y [K, 1, d] minus its projection on the orthonormal basis [K, m, d], and the projection's coefficients."""
     inside = torch.bmm(y, basis.mT)
     return torch.baddbmm(y, inside, basis, alpha=-1), inside

@@ -1,4 +1,4 @@
-"""Products of interaction matrices with vectors, without the matrices or with them (docs/math.md 2)."""
+"""Products of interaction matrices with vectors, matrix-free or with matrices formed (docs/math.md 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def product(w: Tensor, v: Tensor, c: Tensor, x: Tensor, basis: Tensor | None = None) -> Tensor:
-    """Q_k x for x [K, n, d], one set of vectors a direction; differentiable in everything, no Q formed."""
+    """Q_k x for x [K, n, d], n vectors for each direction; differentiable in every argument, no Q formed."""
     if basis is not None:
         return product(w, v, c, x @ basis.t()) @ basis
     c = 0.5 * c.unsqueeze(1)
@@ -18,7 +18,7 @@ def product(w: Tensor, v: Tensor, c: Tensor, x: Tensor, basis: Tensor | None = N
 
 
 class Operator(Protocol):
-    """K symmetric matrices, as something that multiplies."""
+    """K symmetric matrices, known by their products with vectors."""
 
     count: int
 
@@ -26,11 +26,11 @@ class Operator(Protocol):
         """[K, n, d] -> [K, n, d]."""
 
     def take(self, rows: Tensor) -> Operator:
-        """The directions that a mask [K] selects."""
+        """The operator of the directions that a mask [K] selects."""
 
 
 class Factored:
-    """The matrices of (w, v, c) by two products that all directions share, 8 h d FLOPs a vector."""
+    """The matrices of (w, v, c), by two products shared by all directions: 8 h d FLOPs a vector."""
 
     def __init__(self, w: Tensor, v: Tensor, c: Tensor) -> None:
         self.rows = torch.cat([w, v])  # [2h, d]
@@ -38,8 +38,8 @@ class Factored:
 
     def __call__(self, x: Tensor) -> Tensor:
         z = (self.rows @ x.flatten(0, 1).t()).view(2, len(self.c), *x.shape[:2])
-        z = z.flip(0).mul_(self.c.unsqueeze(2)).flatten(2).flatten(0, 1)  # what came through w goes back through v
-        return (z.t() @ self.rows).view(x.shape)  # for few vectors twice as fast as from rows [K n, 2h]
+        z = z.flip(0).mul_(self.c.unsqueeze(2)).flatten(2).flatten(0, 1)  # the products with w return through v
+        return (z.t() @ self.rows).view(x.shape)  # twice as fast for few vectors as with rows [K n, 2h]
 
     def take(self, rows: Tensor) -> Factored:
         taken = copy(self)
@@ -48,7 +48,7 @@ class Factored:
 
 
 class Formed:
-    """The matrices themselves, 2 d^2 FLOPs a vector."""
+    """The matrices formed in full: 2 d^2 FLOPs a vector."""
 
     def __init__(self, q: Tensor) -> None:
         self.q, self.count = q, len(q)

@@ -23,14 +23,14 @@ METHODS = ("auto", "dense", "iterative")
 
 
 class EigenPairs(NamedTuple):
-    """Eigenpairs of K symmetric matrices, and how far they can be trusted.
+    """Eigenpairs of K symmetric matrices, and their accuracy.
 
     Args:
         values: `[K, n]`.
         vectors: `[K, n, d]`, unit rows.
         residuals: `[K, n]`, |Q u - lambda u|.
         converged: `[K]`, bool: the search ended, and every residual is within tol of the largest |lambda|.
-        next_abs: `[K]`, the largest |lambda| left out: |error in x^T Q x| <= next_abs |x|^2.
+        next_abs: `[K]`, the largest |lambda| left out; |error in x^T Q x| <= next_abs |x|^2.
     """
 
     values: Tensor
@@ -56,26 +56,27 @@ def interaction_eigh(
 ) -> EigenPairs:
     """The leading eigenpairs of Q_k = sum_h C_kh sym(w_h v_h^T), one matrix an output direction ([P] eq. 2-3).
 
-    Differentiable once, in values and vectors; no gradient of Q is formed. Of equal eigenvalues among those returned,
-    the gradient is right for what depends on the space they span; one left out that equals one returned has none.
+    Differentiable once, in values and vectors; no gradient of Q is formed. If returned eigenvalues are equal, gradients
+    are right for losses that depend on the space spanned by their eigenvectors. If an eigenvalue left out equals one
+    returned, the eigenvectors have no gradient.
 
     Args:
         w, v, c: as for `interaction_matrices`.
-        n: how many; all of them for None (of each end half, for "both").
+        n: number of eigenpairs; None for all (for "both", half of them from each end).
         which: "abs" for the largest by magnitude, "positive" for the algebraically largest, "negative" for the
-            smallest, the most extreme first; "both" for n largest, then n smallest.
-        basis: `[d, F]`: eigenvectors of D^T Q_k D, in the feature basis; an embedding folded in.
-        method: "dense" forms each Q_k and decomposes it; "iterative" finds the leading pairs by products with it (in
-            dimensions so few that its subspace would be all of them, it is dense); "auto" does what costs least, and
-            the former for a direction in which the latter did not converge.
-        tol: the residual |Q u - lambda u|, relative to the largest |lambda| of its matrix, that counts as converged.
-        chunk_bytes: what the workspace of some directions at a time may take; at least one is done at a time.
-        progress: show a bar over the directions; needs tqdm.
+            algebraically smallest, in each case the most extreme first; "both" for the n largest, then the n smallest.
+        basis: D `[d, F]`: eigenpairs of D^T Q_k D, in the feature basis (or with an embedding folded in).
+        method: "dense" forms each Q_k and decomposes it; "iterative" finds the leading pairs by products with Q_k (and
+            is dense if the subspace of the iteration would be the whole space); "auto" takes the cheaper one, and
+            "dense" for directions that did not converge.
+        tol: largest residual |Q u - lambda u| of a converged pair, relative to the largest |lambda| of its matrix.
+        chunk_bytes: limit on the workspace; directions are solved in chunks of at least one.
+        progress: show a progress bar over the directions; needs tqdm.
 
     Returns:
-        `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. From the iterative method
-        `next_abs` is an estimate from above, by the pairs next to those returned. A matrix that is not finite has NaN
-        for eigenpairs, and did not converge.
+        `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. The iterative method
+        estimates `next_abs` from above, by the pairs next to those returned. For a matrix that is not finite,
+        eigenpairs are NaN and `converged` is False.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices; in backward, a gradient that does not exist, or
@@ -136,7 +137,7 @@ def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tenso
 
 
 def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
-    """The pairs with their residuals and derivatives, both of the layer as it was given, whatever was solved."""
+    """The pairs with residuals and derivatives of the layer as given, in whichever coordinates it was solved."""
     values, vectors = solution.values, fix_signs(solution.vectors)
     products = multiply(vectors)
     residuals = (products.detach() - values.unsqueeze(2) * vectors).norm(dim=2)
