@@ -1,4 +1,4 @@
-"""Modules over the ops, initialised as `torch.nn.Linear` is."""
+"""`torch.nn` modules over the ops. Gated layers are initialised like `torch.nn.Linear`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["GatedBilinear", "GatedMLP", "Rank1Embedding", "Rank1Linear"]
 
 
 class _Gated(nn.Module):
-    """Up-projections w, v `[h, d]`, their biases, the activation and beta, shared by the two layers."""
+    """What the two gated layers share: up-projections w, v `[h, d]`, their biases, the activation and beta."""
 
     beta: Tensor | None
     b_w: Tensor | None
@@ -44,7 +44,7 @@ class _Gated(nn.Module):
         self._keep_beta(beta, self.w.device)
 
     def _keep_beta(self, beta: float | Tensor, device: torch.device) -> None:
-        """A tensor, so that annealing it (`layer.beta.fill_(0.5)`) recompiles nothing; a Parameter is trained."""
+        """Keep beta as a tensor: annealing it (`layer.beta.fill_(0.5)`) never recompiles. A Parameter is trained."""
         if self.activation != "swish":
             self.register_buffer("beta", None)
         elif isinstance(beta, nn.Parameter):
@@ -53,7 +53,7 @@ class _Gated(nn.Module):
             self.register_buffer("beta", torch.as_tensor(beta, dtype=torch.float32).detach().to(device, copy=True))
 
     def reset_parameters(self) -> None:
-        """Weights and biases uniform in +-1 / sqrt(fan in), as in `torch.nn.Linear`."""
+        """Draw weights and biases uniformly from +-1 / sqrt(fan in), as `torch.nn.Linear` does."""
         for weight, bias in self._linears():
             bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] else 0.0
             for t in (weight, bias):
@@ -71,9 +71,9 @@ class _Gated(nn.Module):
 
     @torch.no_grad()
     def bilinearise_(self) -> Self:
-        """Turn a layer annealed to swish with beta 0, which is z / 2, into the bilinear layer it equals ([P] App. H).
+        """Convert a layer annealed to swish at beta 0, which is z / 2, to the equal bilinear layer ([P] App. H).
 
-        Raises ValueError unless the activation is identity (nothing to do) or swish at beta 0.
+        In place; a bilinear layer stays as it is. Raises ValueError for other activations and for beta other than 0.
         """
         if self.activation == "identity":
             return self
@@ -97,7 +97,7 @@ class GatedBilinear(_Gated):
     Args:
         d_in, d_hidden: sizes of inputs and outputs.
         activation: as in `bilinear_ops.gated_bilinear`.
-        beta: slope of swish, kept in the buffer `beta`; a Parameter is trained.
+        beta: slope of swish, kept as the buffer `beta`, or trained if it is a Parameter.
         bias: whether to learn b_w and b_v.
         device, dtype: of the parameters.
     """
@@ -168,9 +168,9 @@ class GatedMLP(_Gated):
         beta: float | Tensor = 1.0,
         recompute: bool = False,
     ) -> Self:
-        """The layer of three Linears, sharing their parameters: a Llama-style MLP, dropped in.
+        """Replace the three Linears of a Llama-style MLP by one layer that shares their parameters.
 
-        Raises ValueError where the weights' sizes or dtypes do not fit together; biases may be absent one by one.
+        Each Linear may have a bias or none. Raises ValueError if sizes or dtypes of the weights do not match.
         """
         (h, d), o = up.weight.shape, down.weight.shape[0]
         dtypes = [m.weight.dtype for m in (gate, up, down)]
@@ -210,7 +210,7 @@ def _check_frozen(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
 
 
 class _Rank1(nn.Module):
-    """C rank-1 subcomponents read `[d_in, C]`, write `[C, d_out]` beside a frozen target weight and bias."""
+    """C rank-1 subcomponents read `[d_in, C]`, write `[C, d_out]`, with a frozen target weight and bias."""
 
     target: Tensor | None
     bias: Tensor | None
@@ -225,13 +225,13 @@ class _Rank1(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with deviations 1 / sqrt(d_in) and 1 / sqrt(C), as [SPD]'s code."""
+        """Draw normal entries, of deviation 1 / sqrt(d_in) in read and 1 / sqrt(C) in write, as [SPD]'s code."""
         for t in (self.read, self.write):
             nn.init.normal_(t, std=1 / math.sqrt(t.shape[0]) if t.shape[0] else 0.0)
 
     @property
     def weight(self) -> Tensor:
-        """What the subcomponents sum to, (R L)^T `[d_out, d_in]`."""
+        """The sum of the subcomponents, (R L)^T `[d_out, d_in]`."""
         return (self.read @ self.write).t()
 
     def extra_repr(self) -> str:
@@ -254,20 +254,20 @@ class Rank1Linear(_Rank1):
         super().__init__(d_in, d_out, c, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """`[..., d_out]` under a given mask; options as for `bilinear_ops.rank1_linear`."""
+        """The output `[..., d_out]` under a given mask; options as for `bilinear_ops.rank1_linear`."""
         return rank1_linear(x, self.read, self.write, mask, self.bias, weight=self.target, **options)
 
     def stochastic(self, x: Tensor, gates: Tensor, **options: Any) -> Tensor:
-        """`[samples, ..., d_out]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
+        """Outputs `[samples, ..., d_out]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
         return stochastic_rank1_linear(x, self.read, self.write, gates, self.bias, weight=self.target, **options)
 
 
 class Rank1Embedding(_Rank1):
-    """An embedding as C rank-1 subcomponents: rows of `read` are gathered where a linear layer has x R.
+    """An embedding as C rank-1 subcomponents: rows of `read` take the place of x R in `Rank1Linear`.
 
     Args:
         vocab: number of tokens.
-        d: size of their embeddings.
+        d: size of an embedding.
         c: number of subcomponents.
         weight: `[vocab, d]` original embedding, kept frozen for delta and routing.
     """
@@ -278,7 +278,7 @@ class Rank1Embedding(_Rank1):
 
     @property
     def weight(self) -> Tensor:
-        """What the subcomponents sum to, R L `[vocab, d]`."""
+        """The sum of the subcomponents, R L `[vocab, d]`."""
         return self.read @ self.write
 
     def forward(
@@ -289,7 +289,7 @@ class Rank1Embedding(_Rank1):
         delta: Tensor | None = None,
         routing: Tensor | None = None,
     ) -> Tensor:
-        """`[..., d]` for integer tokens `[...]`; mask, delta and routing as for `bilinear_ops.rank1_linear`.
+        """Embed integer tokens `[...]` as `[..., d]`; mask, delta and routing as for `bilinear_ops.rank1_linear`.
 
         Raises ValueError for delta or routing without an original weight.
         """

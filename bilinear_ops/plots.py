@@ -1,8 +1,8 @@
 """Figures of interaction matrices and their eigenvectors: tensors in, a `matplotlib.figure.Figure` out.
 
-Nothing global is touched, and the caller saves or shows: `plots.spectrum(values).savefig("spectrum.png")`. Colours can
-be told apart by the colour-blind; what has a sign is drawn on a diverging map (blue is positive) centred at zero. Each
-function needs matplotlib, and raises ModuleNotFoundError without it.
+A figure is independent of pyplot: `plots.spectrum(values).savefig("spectrum.png")`. Colours are safe for colour-blind
+readers. Signed values have a diverging map centred at zero; blue is positive. Every function needs matplotlib, and
+raises ModuleNotFoundError without it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from bilinear_ops.analysis.clusters import interaction_clusters
 
 __all__ = ["cluster", "eigenvectors", "interactions", "similarity", "spectrum", "truncation"]
 
-Figure = Any  # matplotlib.figure.Figure, which only a call imports
+Figure = Any  # matplotlib.figure.Figure, imported at the first call
 
 SIGNED = "RdBu"
 MAGNITUDE = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^v<>"
-LABELLED = 40  # rows of a heat map: more names than that cannot be read
+LABELLED = 40  # the most rows of a heat map whose names can be read
 
-cluster = interaction_clusters  # the name this function had here
+cluster = interaction_clusters  # former name
 
 
 def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
-    """Eigenvalues from the largest to the smallest, one line for each output ([P] 4.1).
+    """Plot eigenvalues in descending order, one line for each output ([P] 4.1).
 
     Args:
         values: `[K, n]`, in any order.
@@ -41,7 +41,7 @@ def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
     Raises:
         RuntimeError: values are not two-dimensional.
         TypeError: values are not a floating-point tensor.
-        ValueError: another number of labels.
+        ValueError: a wrong number of labels.
     """
     sizes = check(values=(values, "K n"))
     figure = _figure(6, 3.6)
@@ -59,18 +59,18 @@ def eigenvectors(
     values: Tensor | None = None,
     labels: Sequence[str] | None = None,
 ) -> Figure:
-    """Eigenvectors as images, one row for each output ([P] 4.1); each on its own scale, white at zero.
+    """Show eigenvectors as images, one row for each output ([P] 4.1). Each image has its own scale, white at zero.
 
     Args:
         vectors: `[K, n, d]`.
-        shape: height and width of an image, d pixels in all.
+        shape: height and width of an image, whose product is d.
         values: `[K, n]`, written above the images.
         labels: names of the K outputs.
 
     Raises:
-        RuntimeError: mismatched shapes, dtypes or devices, or images of another size than d.
+        RuntimeError: mismatched shapes, dtypes or devices, or images that do not have d pixels.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: another number of labels.
+        ValueError: a wrong number of labels.
     """
     sizes = check(vectors=(vectors, "K n d"), values=(values, "? K n"))
     rows, columns = sizes["K"], sizes["n"]
@@ -92,18 +92,18 @@ def eigenvectors(
 
 
 def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: int | None = None) -> Figure:
-    """A heat map of one interaction matrix, white at zero ([P] section 5).
+    """Draw a heat map of one interaction matrix, white at zero ([P] section 5).
 
     Args:
-        q: `[F, F]`, symmetric: of all inputs, or of some features.
-        labels: names of the F rows, written where there are at most 40.
-        clusters: reorder the rows and columns so that those that interact alike lie together (average linkage by the
-            cosine of rows), and draw lines between that many clusters; None leaves the order as it is.
+        q: `[F, F]`, symmetric.
+        labels: names of the F rows, shown for at most 40 rows.
+        clusters: number of clusters of similar rows (`analysis.interaction_clusters`). Rows and columns are reordered
+            by cluster, with lines between clusters; None keeps the order.
 
     Raises:
         RuntimeError: q is not square.
         TypeError: q is not a floating-point tensor.
-        ValueError: another number of labels, or clusters not from 1 to F.
+        ValueError: a wrong number of labels, or clusters not from 1 to F.
     """
     size = check(q=(q, "F F"))["F"]
     names = _names(labels, size)
@@ -132,18 +132,18 @@ def truncation(
     full: Tensor | None = None,
     ylabel: str = "accuracy",
 ) -> Figure:
-    """What is left of a layer truncated to its strongest eigenvectors, by how many are kept ([P] 4.2).
+    """Plot scores of truncated layers against the number of eigenvectors kept ([P] 4.2).
 
     Args:
-        scores: `[M, n]`: of M layers, with 1 to n eigenvectors kept.
+        scores: `[M, n]`, for M layers with 1 to n eigenvectors kept.
         labels: names of the M lines.
-        full: `[M]`, of any float dtype: the scores of the layers before truncation, drawn dashed.
-        ylabel: what a score is.
+        full: `[M]`, any float dtype: the scores of the layers without truncation, drawn as dashed lines.
+        ylabel: name of the score.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: another number of labels.
+        ValueError: a wrong number of labels.
     """
     sizes = check(scores=(scores, "M n"))
     check_beside(scores, full=(full, (sizes["M"],)))
@@ -158,10 +158,10 @@ def truncation(
 
 
 def similarity(first: Tensor, second: Tensor) -> Figure:
-    """|cos| between the eigenvectors of two runs, averaged over the outputs ([P] 4.2).
+    """Show |cos| between the eigenvectors of two runs, averaged over the outputs ([P] 4.2).
 
     Args:
-        first, second: `[K, n, d]` and `[K, m, d]`; for more than two runs, pairs of runs one after another along K.
+        first, second: `[K, n, d]` and `[K, m, d]`. To average over several pairs of runs, concatenate them along K.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
@@ -181,7 +181,7 @@ def similarity(first: Tensor, second: Tensor) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches."""
+    """An empty figure of the given size in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -190,12 +190,12 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _signed_image(axes: Any, image: Tensor) -> Any:
-    limit = image.abs().max().item() or 1.0  # of a zero image: matplotlib wants a range
+    limit = image.abs().max().item() or 1.0  # matplotlib needs a non-empty range for an image of zeros
     return axes.imshow(_array(image), cmap=SIGNED, vmin=-limit, vmax=limit)
 
 
 def _lines(axes: Any, curves: Tensor, names: Sequence[str]) -> list[Any]:
-    """One line for each row of `[M, n]` over 1 to n, told apart by colour and marker, with a legend if named."""
+    """One line for each row of `[M, n]` over 1 to n, by colour and marker, with a legend if there are names."""
     lines = []
     for m, curve in enumerate(curves):
         style = {"color": LINES[m % len(LINES)], "marker": MARKERS[m // len(LINES) % len(MARKERS)]}
@@ -215,10 +215,10 @@ def _names(labels: Sequence[str] | None, count: int) -> list[str]:
 
 
 def _ink(level: Tensor) -> str:
-    """What can be read on that level of the magnitude map, which is dark below the middle."""
+    """The text colour on a level of the magnitude map, which is dark below one half."""
     return "white" if level < 0.5 else "black"
 
 
 def _array(t: Tensor) -> Any:
-    """For matplotlib, which knows neither devices, gradients nor bfloat16."""
+    """A NumPy array; matplotlib accepts neither devices, gradients nor bfloat16."""
     return t.detach().double().cpu().numpy()
