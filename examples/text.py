@@ -1,10 +1,10 @@
-"""A bilinear transformer trained on Python's documentation, its features read from its weights: section 5 of [P].
+"""Train a bilinear transformer on Python's documentation and read its features from its weights ([P] section 5).
 
     python examples/text.py [--quick] [--seed N]
 
 [P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417). Sparse
-autoencoders name features of what the MLP reads and of what it writes. An output feature with encoder direction e is
-the quadratic form e . y = x^T Q x of the MLP's input, so its matrix Q says which input features it is made of.
+autoencoders give features of the MLP's input and of its output. An output feature with encoder direction e is the
+quadratic form e . y = x^T Q x of the MLP's input, so the matrix Q shows which input features it is made of.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 import bilinear_ops as bo
 from bilinear_ops.analysis import interaction_eigh, truncation_correlation
 
-RANKS = (1, 2, 4, 8)  # of the truncations reported
-PAIRS = 15  # of input features, to explain an output feature by
-ENOUGH = 30  # words at which a feature must be active for its correlation to count
-STORIES = 3  # output features described
+RANKS = (1, 2, 4, 8)  # numbers of eigenvectors reported
+PAIRS = 15  # pairs of input features that explain an output feature
+ENOUGH = 30  # a feature's correlation counts if it is active at this many words
+STORIES = 3  # number of output features described
 
 
 class Sizes(NamedTuple):
-    """Everything that --quick makes smaller."""
+    """Sizes of the experiment; --quick has smaller ones."""
 
     documents: int | None
     vocabulary: int
@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
     context: int
     batch: int
     steps: int
-    words: int  # whose activations are studied; as many again, at most, are held out
+    words: int  # words whose activations are studied, and at most as many held out
     features: int
-    active: tuple[int, int]  # features at a word, of the input and of the output
+    active: tuple[int, int]  # active features at a word, of the input and of the output
     sae_steps: int
 
 
@@ -49,7 +49,7 @@ QUICK = Sizes(40, 256, 32, 64, 32, 8, 60, 1 << 12, 64, (4, 4), 200)
 
 
 class Activations(NamedTuple):
-    """N words, what the MLP reads and what it writes there, `[N, d]` both; y less its mean over the training text."""
+    """N words, the MLP's inputs x `[N, d]` and outputs y `[N, d]` there; y minus its mean over the training text."""
 
     words: Tensor
     x: Tensor
@@ -57,7 +57,7 @@ class Activations(NamedTuple):
 
 
 class Features(NamedTuple):
-    """A bilinear MLP between the features of two autoencoders."""
+    """A bilinear MLP with autoencoders of its input and its output."""
 
     mlp: bo.nn.GatedMLP
     inputs: TopKSAE
@@ -65,7 +65,7 @@ class Features(NamedTuple):
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, bo.Directions]:
-        """w, v and c of the layer from what the MLP reads to its output features."""
+        """w, v and c of the layer from the MLP's input to the output features."""
         return self.mlp.w, self.mlp.v, bo.Directions(self.outputs.encoder, self.mlp.p)
 
     @property
@@ -75,14 +75,14 @@ class Features(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What the paper's claims come to on held-out text; losses in nats, correlations averaged over features."""
+    """Measurements of the paper's claims on held-out text; losses in nats, correlations averaged over features."""
 
     loss: float
     bigram_loss: float
-    truncated: tuple[float, ...]  # output features by their top eigenvectors, at RANKS
-    control: tuple[float, ...]  # the same of random directions
-    by_size: float  # output features by their largest interactions alone
-    by_coactivation: float  # by the largest once weighted by how input features act together
+    truncated: tuple[float, ...]  # correlation of output features with their top eigenvectors, at RANKS
+    control: tuple[float, ...]  # the same for random directions
+    by_size: float  # correlation of output features with their largest interactions
+    by_coactivation: float  # with the largest interactions weighted by co-activation
 
     @property
     def below_bigram(self) -> float:
@@ -99,10 +99,10 @@ class Findings(NamedTuple):
 
 
 def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
-    """Train, autoencode and measure, printing what happens."""
+    """Train the model and the autoencoders, measure, and print a report."""
     torch.manual_seed(seed)
     text = corpus.load(sizes.vocabulary, sizes.documents)
-    print(f"Python's documentation: {len(text.train)} words, and {len(text.test)} in other documents held out")
+    print(f"Python's documentation: {len(text.train)} words, and {len(text.test)} in held-out documents")
     bigram_loss = corpus.KneserNey(text.train, sizes.vocabulary).loss(text.test)
 
     model = text_model.Transformer(sizes.vocabulary, sizes.d, sizes.h)
@@ -125,7 +125,7 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
     random = torch.nn.functional.normalize(torch.randn(sizes.features, sizes.d), dim=1)
     truncated = truncation(model.mlp, outputs.encoder, test, sizes.active[1])
     control = truncation(model.mlp, random, test, sizes.active[1])
-    print("Output features by the top eigenvectors of their interaction matrices: correlation where they are active")
+    print("Correlation of active output features with the top eigenvectors of their interaction matrices")
     print("  rank              " + "".join(f"{rank:>8}" for rank in RANKS))
     print("  output features   " + "".join(f"{r:8.3f}" for r in truncated))
     print("  random directions " + "".join(f"{r:8.3f}" for r in control))
@@ -133,16 +133,16 @@ def experiment(sizes: Sizes = FULL, seed: int = 0) -> Findings:
     together = CoActivation(inputs.encode(train.x), outputs.encode(train.y), sizes.features)
     largest, weighted = (strongest(features, weight) for weight in (None, together))
     by_size, by_coactivation = (explained(features, test, top) for top in (largest, weighted))
-    print(f"Output features by {PAIRS} pairs of input features: correlation where they are active")
+    print(f"Correlation of active output features with {PAIRS} pairs of input features")
     print(f"  the largest interactions {mean(by_size):.3f}; weighted by co-activation {mean(by_coactivation):.3f}")
-    print(f"  all pairs, as far as input features go {mean(reconstructed(features, test)):.3f}")
+    print(f"  all pairs of input features {mean(reconstructed(features, test)):.3f}")
     describe(features, model.embed.weight, text.words, train, weighted, by_coactivation)
     return Findings(loss, bigram_loss, truncated, control, mean(by_size), mean(by_coactivation))
 
 
 @torch.no_grad()
 def activations(model: text_model.Transformer, text: corpus.Corpus, sizes: Sizes) -> tuple[Activations, Activations]:
-    """At random passages of the training text, and of the text held out; the model is fixed from here on."""
+    """Activations at random passages of the training text and of the held-out text; the model is frozen."""
     model.requires_grad_(False)
 
     def read(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def activations(model: text_model.Transformer, text: corpus.Corpus, sizes: Sizes
 
 
 def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, active: int) -> tuple[float, ...]:
-    """How well each direction's top eigenvectors alone follow its activation, at RANKS ([P] section 5)."""
+    """Correlation of each direction's activation with its top eigenvectors, at RANKS ([P] section 5)."""
     pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
     found = truncation_correlation(test.x, pairs, codes.indices, codes.acts)
@@ -184,7 +184,7 @@ def strongest(features: Features, weight: CoActivation | None) -> bo.TopInteract
 
 
 def explained(features: Features, test: Activations, top: bo.TopInteractions) -> Tensor:
-    """`[F]`: how well the contributions of an output feature's top pairs follow its activation."""
+    """`[F]`: correlation of an output feature's activation with the contributions of its top pairs."""
     acts = features.inputs.encode(test.x).dense(features.basis.shape[1])  # [N, F]
     codes = features.outputs.encode(test.y)
     row = torch.arange(len(acts)).repeat_interleave(codes.indices.shape[1]).unsqueeze(1)
@@ -193,14 +193,14 @@ def explained(features: Features, test: Activations, top: bo.TopInteractions) ->
 
 
 def reconstructed(features: Features, test: Activations) -> Tensor:
-    """`[F]`: how well all pairs together do, which is the MLP on what the input features make of x."""
+    """`[F]`: the same for all pairs: the MLP applied to the autoencoder's reconstruction of x."""
     codes = features.outputs.encode(test.y)
     y = features.mlp(features.inputs(test.x)) @ features.outputs.encoder.t()  # [N, F]
     return correlations(codes, y.gather(1, codes.indices).flatten(), y.shape[1])
 
 
 def correlations(codes: Codes, estimates: Tensor, features: int) -> Tensor:
-    """`[F]`: of activations with estimates `[N a]`, where active; 0 for constant ones, NaN where too rarely active."""
+    """`[F]`: correlations of active features with estimates `[N a]`; 0 if constant, NaN if active too rarely."""
     feature = codes.indices.flatten()
     count = feature.bincount(minlength=features)
 
@@ -219,16 +219,16 @@ def mean(correlation: Tensor) -> float:
 def describe(
     features: Features, unembed: Tensor, words: list[str], train: Activations, top: bo.TopInteractions, scores: Tensor
 ) -> None:
-    """Print the output features of the best scores: the words they promote, and the pairs that make them."""
+    """Print the output features of highest score, the words that they promote, and their strongest pairs."""
     codes = features.inputs.encode(train.x)
 
     def name(feature: int) -> str:
-        """The two commonest words where an input feature acts most."""
+        """The two commonest words at which an input feature is most active."""
         peaks = (codes.acts * (codes.indices == feature)).amax(1).topk(50).indices
         found, counts = train.words[peaks].unique(return_counts=True)
         return "/".join(words[n] for n in found[counts.argsort(descending=True, stable=True)[:2]])
 
-    print("Those explained best: the words they promote, and pairs of input features, named by words they act at")
+    print("Best explained output features: promoted words, and pairs of input features (named by their words)")
     for k in scores.nan_to_num(0).topk(STORIES).indices.tolist():
         promoted = (unembed @ features.outputs.decoder[k]).topk(4).indices
         print(f"  feature {k}: {' '.join(words[n] for n in promoted)}")
@@ -238,14 +238,14 @@ def describe(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny and barely trained: to see it run")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and little training, to see it run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found = experiment(QUICK if options.quick else FULL, options.seed)
     if options.quick:
-        print("A model this small and short-lived shows nothing of what the paper found: run without --quick.")
+        print("This model is too small to show the paper's findings: run without --quick.")
         return
-    print(f"Gained on the bigram model: {found.below_bigram:.3f} nats (expected: at least 0.2)")
+    print(f"Loss below the bigram model's: {found.below_bigram:.3f} nats (expected: at least 0.2)")
     print(f"Rank 2 above random directions: {found.above_control:.3f} (at least 0.15)")
     print(f"Weighted pairs above the largest: {found.above_size:.3f} (more than 0.15)")
 

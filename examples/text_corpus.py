@@ -1,4 +1,4 @@
-"""English that ships with Python: the language reference's topics and the standard library's docstrings, as words."""
+"""English text that ships with Python, as words: topics of the language reference and docstrings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 WORD = re.compile(r"[a-z]+|\d|[^a-z\d\s]")
-END, RARE = "<end>", "<rare>"  # of a document; a word outside the vocabulary
-HELD_OUT = 10  # one document in so many
+END, RARE = "<end>", "<rare>"  # end of a document; a word outside the vocabulary
+HELD_OUT = 10  # one document in ten
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
 class Corpus(NamedTuple):
-    """Whole documents laid end to end as words' numbers `[N]`, int64, and the words."""
+    """Concatenated documents as indices of words `[N]`, int64, and the words."""
 
     train: Tensor
     test: Tensor
@@ -29,7 +29,7 @@ class Corpus(NamedTuple):
 
 
 def load(vocabulary: int, documents: int | None = None) -> Corpus:
-    """All documents, or the first so many, each text once; the same for the same version of Python."""
+    """Load all documents or the first `documents`, without duplicates. Deterministic for a version of Python."""
     texts = dict.fromkeys(itertools.islice(_texts(), documents))
     split = [[END, *WORD.findall(text.lower())] for text in texts]
     counts = Counter(itertools.chain.from_iterable(split))
@@ -59,12 +59,12 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 class KneserNey:
-    """The interpolated Kneser-Ney bigram model (Chen and Goodman 1999) of words `[N]`: what counting alone predicts."""
+    """The interpolated Kneser-Ney bigram model of words `[N]` (Chen and Goodman 1999), a baseline from counts alone."""
 
     def __init__(self, words: Tensor, vocabulary: int):
         counts = torch.zeros(vocabulary, vocabulary)
         counts.index_put_((words[:-1], words[1:]), torch.ones(len(words) - 1), accumulate=True)
-        contexts = (counts > 0).sum(0).float()  # in how many each word was seen
+        contexts = (counts > 0).sum(0).float()  # number of contexts of each word
         uniform = torch.full_like(contexts, 1 / vocabulary)
         self.log_p = _discounted(counts, backoff=_discounted(contexts, backoff=uniform)).log()  # [V, V]
 
@@ -74,7 +74,7 @@ class KneserNey:
 
 
 def _discounted(counts: Tensor, backoff: Tensor) -> Tensor:
-    """Probabilities by counts `[..., V]`, each less a discount; the mass this frees is spread as `backoff` `[V]`."""
+    """Probabilities from discounted counts `[..., V]`; the freed mass is distributed as `backoff` `[V]`."""
     once, twice = (counts == 1).sum(), (counts == 2).sum()
     discount = once / (once + 2 * twice)
     total = counts.sum(-1, keepdim=True)

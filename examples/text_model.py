@@ -10,11 +10,11 @@ import bilinear_ops as bo
 
 HEADS = 4
 INIT = 0.02
-RATE, WARM_UP, DECAY, BETAS = 3e-3, 40, 1.0, (0.9, 0.99)  # of AdamW; the warm-up in steps
+RATE, WARM_UP, DECAY, BETAS = 3e-3, 40, 1.0, (0.9, 0.99)  # AdamW's settings; the warm-up in steps
 
 
 class Transformer(nn.Module):
-    """Words `[B, T]` -> logits `[B, T, V]` of the next ones; embedding and unembedding share their weight."""
+    """Words `[B, T]` -> logits `[B, T, V]` of the next words; embedding and unembedding share a weight."""
 
     def __init__(self, vocabulary: int, d: int, h: int):
         super().__init__()
@@ -29,7 +29,7 @@ class Transformer(nn.Module):
         return norm(x + self.mlp(norm(x))) @ self.embed.weight.t()
 
     def residual(self, words: Tensor) -> Tensor:
-        """What the MLP reads once normalised, `[B, T, d]`."""
+        """The residual stream before the MLP, `[B, T, d]`; the MLP reads its norm."""
         x = self.embed(words)
         return x + self.attention(norm(x))
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 def rotary(x: Tensor) -> Tensor:
-    """Turn pairs of channels of x `[..., T, c]` by angles that grow with position (Su et al. 2021)."""
+    """Rotate pairs of channels of x `[..., T, c]` by angles proportional to position (Su et al. 2021)."""
     length, channels = x.shape[-2:]
     frequencies = 1e4 ** -torch.linspace(0, 1, channels // 2)
     angles = torch.outer(torch.arange(length), frequencies)
@@ -62,7 +62,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def train(model: Transformer, words: Tensor, *, context: int, batch: int, steps: int) -> None:
-    """Fit next words, on `batch` random passages of `context` words a step."""
+    """Train next-word prediction; a step takes `batch` random passages of `context` words."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, betas=BETAS, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, 1.0, WARM_UP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - WARM_UP))
@@ -81,7 +81,7 @@ def train(model: Transformer, words: Tensor, *, context: int, batch: int, steps:
 
 @torch.no_grad()
 def mean_loss(model: Transformer, words: Tensor, context: int) -> float:
-    """Mean negative log likelihood of words `[N]`, in nats, read in passages of `context` words."""
+    """Mean negative log likelihood of words `[N]` in nats, over passages of `context` words."""
     end = (len(words) - 1) // context * context
     inputs, targets = (words[i : i + end].view(-1, context).split(16) for i in (0, 1))
     pairs = zip(inputs, targets, strict=True)

@@ -1,4 +1,4 @@
-"""A TopK sparse autoencoder (Gao et al. 2024) without biases, so that an activation is linear in what it encodes."""
+"""A TopK sparse autoencoder (Gao et al. 2024) without biases: an active feature is linear in the input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RATE, BATCH = 2e-3, 1024
 
 
 class Codes(NamedTuple):
-    """The active features of each of N rows and their activations, `[N, a]` both."""
+    """Active features of N rows and their activations, `[N, a]` each."""
 
     indices: Tensor
     acts: Tensor
@@ -23,13 +23,13 @@ class Codes(NamedTuple):
 
 
 def encode(y: Tensor, directions: Tensor, active: int) -> Codes:
-    """The `active` largest of the products of y `[N, d]` with the directions `[F, d]`."""
+    """The `active` largest products of y `[N, d]` with the directions `[F, d]`."""
     acts, indices = (y @ directions.t()).topk(active, dim=1)
     return Codes(indices, acts)
 
 
 class TopKSAE(nn.Module):
-    """y `[N, d]` -> sum of its active features' activations times their decoder directions; parameters `[F, d]`."""
+    """y `[N, d]` -> sum of active features' activations times decoder directions; parameters `[F, d]`."""
 
     def __init__(self, d: int, features: int, active: int):
         super().__init__()
@@ -45,7 +45,7 @@ class TopKSAE(nn.Module):
 
 
 def train(data: Tensor, *, features: int, active: int, steps: int) -> TopKSAE:
-    """An autoencoder of the rows of data `[N, d]` by least squares, its decoder directions of norm 1."""
+    """Fit an autoencoder to the rows of data `[N, d]` by least squares; decoder directions have norm 1."""
     sae = TopKSAE(data.shape[1], features, active)
     optimizer = torch.optim.Adam(sae.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
