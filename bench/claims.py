@@ -18,7 +18,7 @@ CLAIMS = {
 EXAMPLE = ("interaction_eigh", "2 strongest")
 
 
-def claims(receipts: Iterable[Receipt]) -> str:
+def claim_lines(receipts: Iterable[Receipt]) -> str:
     """One line for each claim that has a measured receipt."""
     found = [(text, _of(receipts, *key)) for key, text in CLAIMS.items()]
     return "\n".join(f"- {text}: {_figures(r)}." for text, r in found if r is not None) or "No receipts yet."

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.claims import claims, duration, example
+from bench.claims import claim_lines, duration, example
 from bench.harness.receipts import KINDS, RESULTS, ROOT, load, tree_hash
 from bench.harness.svg import ratio_chart
 
@@ -167,7 +167,7 @@ def main(words: list[str] | None = None) -> int:
     receipts = latest(arguments.results)
     folder = arguments.results / "plots"
     table = text(receipts, tree_hash(), folder.relative_to(arguments.readme.parent).as_posix())
-    written = {"claims": claims(receipts), "example": example(receipts), "bench": table}
+    written = {"claims": claim_lines(receipts), "example": example(receipts), "bench": table}
     files: dict[Path, str | None] = dict.fromkeys(sorted(folder.glob("*.svg")))  # None: no plot of these receipts
     files |= {folder / name: svg for name, svg in plots(receipts).items()}
     files[arguments.readme] = rewritten(arguments.readme.read_text(), written)

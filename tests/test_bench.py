@@ -156,12 +156,12 @@ def test_claims_quote_the_newest_receipt() -> None:
     older = {**receipt, "p50": 9e-3, "date": "2025-01-01T00:00:00Z"}
     modelled = {**receipt, "p50": 9e-3, "kind": "modelled", "date": "2027-01-01T00:00:00Z"}
     found = [receipt, older, modelled]
-    (line,) = claims.claims(found).splitlines()
+    (line,) = claims.claim_lines(found).splitlines()
     assert line.endswith("of each output: 1 ms in place of 4 ms (packed), with 25% of its peak memory.")
     assert claims.example(found) == (
         "At m 2: 1 ms in place of 8 ms (eager), with 12% of its peak memory (Device, clock)."
     )
-    assert claims.claims([modelled]) == claims.example([modelled]) == "No receipts yet."
+    assert claims.claim_lines([modelled]) == claims.example([modelled]) == "No receipts yet."
 
 
 def test_report_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
