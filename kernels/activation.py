@@ -1,4 +1,4 @@
-"""The gate's activations and their derivatives, once, in fp32."""
+"""The activations of the gate and their derivatives, in fp32."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What the kernels share: the order of tiles, and tiles loaded and stored through descriptors or pointers."""
+"""What the kernels share: the order of tiles; loads and stores of tiles through descriptors or pointers."""
 
 import triton
 import triton.language as tl
@@ -37,7 +37,7 @@ def load_tile(
 
 @triton.jit
 def narrow(tile, dtype: tl.constexpr):
-    """The tile in the dtype it is stored in, rounded to nearest even; the interpreter alone would truncate to bf16."""
+    """The tile in `dtype`, rounded to nearest even, also in the interpreter, which truncates to bf16 by itself."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = tile.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -47,7 +47,7 @@ def narrow(tile, dtype: tl.constexpr):
 
 @triton.jit
 def store_tile(dst, stride_r, row, col, rows, cols, tile, DESCRIPTOR: tl.constexpr):
-    """Store a tile at (row, col) of a row-major matrix, narrowed to its dtype and clipped to [rows, cols]."""
+    """Store a tile at (row, col) of a row-major matrix in the matrix's dtype, clipped to [rows, cols]."""
     if DESCRIPTOR:
         dst.store([row, col], narrow(tile, dst.dtype))
     else:
