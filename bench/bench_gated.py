@@ -177,8 +177,8 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
     for m, d, h in SHAPES[device.type, size]:
         x, weight, az, p = ((m, d), 1.0), ((h, d), d**-0.5), ((m, 2 * h), 1.0), ((d, h), h**-0.5)
         for kernel, of, tensors, flops, moved in (
-            ("gate_forward", forward_of, (x, weight, weight), 4, m * d + 2 * h * d + 3 * m * h),
-            ("gate_backward", backward_of, (x, p, az), 2, m * d + h * d + 5 * m * h),
+            ("gated_forward_kernel", forward_of, (x, weight, weight), 4, m * d + 2 * h * d + 3 * m * h),
+            ("gated_backward_kernel", backward_of, (x, p, az), 2, m * d + h * d + 5 * m * h),
         ):
             yield tiling(
                 kernel, {"m": m, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), of(composite), of(gated),

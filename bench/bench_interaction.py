@@ -276,7 +276,7 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
     for outputs, d, h in MATRICES[device.type, size]:
         tensors = (((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5))
         yield tiling(
-            "interaction", {"K": outputs, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), _in_chunks,
+            "interaction_matrices", {"K": outputs, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), _in_chunks,
             lambda w, v, c: matrices.interaction_matrices(w, v, c, None, False), device,
             2 * outputs * d * d * h, (2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize,
         )  # fmt: skip

@@ -235,6 +235,6 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
 
         inputs = draw(device, dtype, ((m, c), 1.0), ((c, d_out), c**-0.5), ((m, c), 1.0))
         yield tiling(
-            "mask", {"m": m, "o": d_out, "C": c, "S": s}, dtype, inputs, through(composite), through(masked), device,
-            2 * s * m * c * d_out, dtype.itemsize * (m * c * (2 + s) + c * d_out + s * m * d_out),
+            "mask_kernel", {"m": m, "o": d_out, "C": c, "S": s}, dtype, inputs, through(composite), through(masked),
+            device, 2 * s * m * c * d_out, dtype.itemsize * (m * c * (2 + s) + c * d_out + s * m * d_out),
         )  # fmt: skip

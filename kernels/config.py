@@ -1,15 +1,25 @@
-"""Which tile a kernel runs: frozen values picked from (architecture, dtype, shape) at call time.
+"""Which tile a kernel runs: one record per kernel, read at call time by architecture, dtype and shape.
 
-The only file that names architectures. Every number says what it was compiled or measured to show: "compiled" means
-read from the machine code (registers, spills, shared memory), "model" an estimate that no GPU has confirmed yet.
+The only file that names architectures. Every tile and every threshold carries its reason; tests/test_config.py looks
+the cited figures up.
 """
 
-from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
 
 import torch
 
+from bilinear_ops.kernels.records import (
+    LIBRARY,
+    Choice,
+    Compiled,
+    Kernel,
+    Modelled,
+    PairTile,
+    Rejected,
+    RowTile,
+    Threshold,
+    Tile,
+)
 from bilinear_ops.kernels.tile import INTERPRET
 
 # Bytes of shared memory one block may ask for.
@@ -23,129 +33,6 @@ SHARED_MEMORY = {
     "interpreter": 1 << 30,
 }
 
-
-class _Launched:
-    """What a tile of any shape tells the compiler."""
-
-    warps: int
-    stages: int
-
-    def launch(self, fp_fusion: bool = True) -> dict[str, int]:
-        """Whether multiply-adds are fused is said always: Triton's default depends on its version."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fp_fusion}
-
-
-@dataclass(frozen=True)
-class Tile(_Launched):
-    """A GEMM tile: `block_m` tokens by `block_n` columns, `block_k` of the contraction at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    group_m: int = 8
-    blocks_per_sm: int = 1
-
-    def shared_memory(self, rows: int, itemsize: int) -> int:
-        """Bytes of the pipelined operands, of which every stage holds `rows` rows of block_k."""
-        return self.stages * rows * self.block_k * itemsize
-
-
-@dataclass(frozen=True)
-class PairTile(_Launched):
-    """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
-
-    block_i: int
-    block_j: int
-    block_k: int
-    block_h: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class RowTile(_Launched):
-    """A tile of a pass over memory: `rows` by an even number of `columns`."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 1
-
-
-# What a launcher can be told to run: None is the library's GEMMs, with the same epilogue around them.
-Choice: TypeAlias = Tile | PairTile | RowTile | None
-LIBRARY = None
-
-
-# Tables: tiles in falling preference, the first that fits the device runs. "sm_90" and "sm_100" hold the tiles of the
-# descriptor path; "pointers" those for what descriptors cannot take there. Fewer elements a thread than elsewhere: with
-# unaligned rows every element has an address of its own, and 128 x 64 tiles spill 290 instructions (compiled, sm_90).
-
-# Forward: two accumulators of block_m x block_n.
-GATED_FORWARD = {
-    "sm_80": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),  # with 4 warps, 128 x 64 spills (compiled)
-    "sm_86": (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
-    "sm_90": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3, blocks_per_sm=2)),
-    "sm_100": (Tile(128, 64, 64, 8, 3),),
-    "sm_120": (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
-    "gfx942": (Tile(128, 64, 32, 4, 2),),
-    "pointers": (Tile(64, 64, 32, 4, 3),),
-    "interpreter": (Tile(64, 64, 64, 4, 1),),
-}
-
-# Backward: one accumulator, written out in four column subtiles (a whole-tile epilogue spills).
-GATED_BACKWARD = {
-    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    "sm_86": (Tile(64, 64, 32, 4, 3),),
-    "sm_90": (Tile(128, 128, 64, 8, 3),),
-    "sm_100": (Tile(128, 128, 64, 8, 3),),
-    "sm_120": (Tile(64, 64, 32, 4, 3),),
-    "gfx942": (Tile(128, 64, 32, 4, 2),),
-    "pointers": (Tile(64, 64, 32, 4, 3),),
-    "interpreter": (Tile(64, 64, 64, 4, 1),),
-}
-
-# Khatri-Rao contraction: S is generated in registers, spill-free at these sizes (compiled).
-INTERACTION_PAIRS = {
-    "sm_80": PairTile(8, 16, 64, 32, 8, 3),
-    "sm_86": PairTile(8, 16, 64, 32, 8, 2),
-    "sm_90": PairTile(8, 16, 128, 64, 8, 3),
-    "sm_100": PairTile(8, 16, 128, 64, 8, 3),  # with 64 directions, 2 spills (compiled)
-    "sm_120": PairTile(8, 16, 64, 32, 8, 2),
-    "gfx942": PairTile(8, 16, 64, 32, 4, 2),
-    "interpreter": PairTile(16, 16, 32, 32, 4, 1),
-}
-
-# One direction at a time: a square tile of its matrix.
-INTERACTION_DIRECTION = {
-    "sm_80": Tile(64, 64, 32, 4, 3),
-    "sm_86": Tile(64, 64, 32, 4, 2),
-    "sm_90": Tile(128, 128, 64, 8, 3),
-    "sm_100": Tile(64, 64, 64, 4, 3),
-    "sm_120": Tile(64, 64, 32, 4, 2),
-    "gfx942": Tile(64, 64, 32, 4, 2),
-    "interpreter": Tile(32, 32, 32, 4, 1),
-}
-
-# Kernels with one tile for all devices, and one for the interpreter, which likes few programs.
-EVERYWHERE: dict[str, tuple[Choice, Choice]] = {
-    "gate": (RowTile(64, 64, 8), RowTile(64, 64, 4)),  # around library GEMMs
-    "gate_backward_alone": (RowTile(64, 64, 8), RowTile(64, 64, 4)),
-    # 8 elements a thread: the backward needs 120 registers, with 16 up to 232 (compiled, sm_90)
-    "mask": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
-    "mask_backward": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
-    "uniform": (RowTile(16, 64, 4), RowTile(64, 64, 4)),
-    # `rows` active ones at a time, `columns` of their elements
-    "sparse_dots": (RowTile(8, 128, 4, 3), RowTile(4, 16, 4)),
-    "sparse_sums": (RowTile(8, 128, 4, 3), RowTile(4, 16, 4)),
-    # products whose three-term form keeps two split operands in registers: 64 x 64 does not spill (compiled)
-    "squared_difference": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 1)),
-}
-
-# What tuning and `python -m bench --gpu` measure beside the table's choice. Spills are no reason to leave one out: it
-# would lose.
 GEMM_TILES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 8, 3, group_m=16),
@@ -159,93 +46,316 @@ GEMM_TILES = (
 )
 ROW_TILES = tuple(RowTile(rows, columns, 4) for rows, columns in ((8, 128), (16, 64), (16, 128), (32, 64), (64, 64)))
 GATHER_TILES = tuple(RowTile(rows, columns, 4, 3) for rows, columns in ((4, 128), (8, 64), (8, 256), (16, 128)))
-CANDIDATES: dict[str, tuple[Choice, ...]] = {
-    "gate_forward": (*GEMM_TILES, LIBRARY),
-    "gate_backward": (*GEMM_TILES, Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), LIBRARY),
-    "interaction": (
-        PairTile(8, 16, 128, 64, 8, 3),
-        PairTile(8, 16, 128, 32, 8, 3),
-        PairTile(8, 16, 64, 64, 8, 3),
-        PairTile(8, 16, 64, 32, 4, 3),
-        Tile(128, 128, 64, 8, 3),
-        Tile(64, 64, 64, 4, 3),
-        Tile(64, 64, 32, 4, 3),
-        LIBRARY,
+
+TWINS = {"sm_86": "sm_120"}  # same shared memory and matrix instruction, so that one row of `tiles` serves both
+
+# Records by the name of the jit function.
+KERNELS = {
+    # two accumulators of block_m x block_n
+    "gated_forward_kernel": Kernel(
+        tiles={
+            "sm_80": {
+                Tile(128, 64, 32, 8, 3): Compiled(
+                    "sm_80 gated_forward_kernel [bfloat16 128x2x64x32 aligned, 4 warps: rejected]", "spills", 4
+                ),
+                Tile(64, 64, 32, 4, 3): Compiled(
+                    "sm_80 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 24576
+                ),
+            },
+            "sm_90": {
+                Tile(128, 128, 64, 8, 3): Modelled("sm_90 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", 1.0),
+                Tile(128, 64, 64, 4, 3, blocks_per_sm=2): Compiled(  # two blocks fit
+                    "sm_90 gated_forward_kernel [bfloat16 128x2x64x64 aligned]", "shared", 114712
+                ),
+            },
+            "sm_100": {
+                Tile(128, 64, 64, 8, 3): Compiled(
+                    "sm_100 gated_forward_kernel [bfloat16 128x2x128x64 aligned, 8 warps: rejected]", "spills", 22
+                )
+            },
+            "sm_120": {
+                Tile(128, 64, 32, 8, 2): Compiled(
+                    "sm_120 gated_forward_kernel [bfloat16 128x2x128x32 aligned, 8 warps: rejected]", "spills", 51
+                ),
+                Tile(64, 64, 32, 4, 2): Compiled(
+                    "sm_120 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 12288
+                ),
+            },
+            "gfx942": {
+                Tile(128, 64, 32, 4, 2): Compiled(
+                    "gfx942 gated_forward_kernel [float32 128x2x64x32 unaligned]", "registers", 244
+                )
+            },
+        },
+        interpreted=Tile(64, 64, 64, 4, 1),
+        pointers={
+            Tile(64, 64, 32, 4, 3): Compiled(
+                "sm_90 gated_forward_kernel [bfloat16 128x2x64x64 unaligned, 8 warps: rejected]", "spills", 8
+            )
+        },
+        fp32={
+            "sm_120": {
+                LIBRARY: Compiled(
+                    "sm_120 gated_forward_kernel [float32 128x2x64x32 unaligned, 8 warps: rejected]", "spills", 28
+                )
+            }
+        },
+        accurate=False,
+        operands=2,
+        candidates=(*GEMM_TILES, LIBRARY),
+        rejected=(
+            Rejected("sm_80", torch.bfloat16, Tile(128, 64, 32, 4, 3)),
+            Rejected("sm_90", torch.bfloat16, Tile(128, 64, 64, 8, 3), aligned=False),
+            Rejected("sm_100", torch.bfloat16, Tile(128, 128, 64, 8, 3)),
+            Rejected("sm_120", torch.bfloat16, Tile(128, 128, 32, 8, 2)),
+            Rejected("sm_120", torch.float32, Tile(128, 64, 32, 8, 2), aligned=False),
+        ),
     ),
-    "gate": ROW_TILES,
-    "gate_backward_alone": ROW_TILES,
-    "mask": ROW_TILES,
-    "mask_backward": ROW_TILES,
-    "uniform": ROW_TILES,
-    "sparse_dots": GATHER_TILES,
-    "sparse_sums": GATHER_TILES,
-    "squared_difference": (
-        Tile(128, 64, 32, 8, 3),
-        Tile(64, 128, 32, 8, 3),
-        Tile(64, 64, 64, 4, 2),
-        Tile(64, 64, 32, 8, 3),
+    # one accumulator, its epilogue in four column subtiles
+    "gated_backward_kernel": Kernel(
+        tiles={
+            "sm_80": {
+                Tile(128, 128, 32, 8, 3): Compiled(
+                    "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 165
+                ),
+                Tile(64, 64, 32, 4, 3): Compiled(
+                    "sm_80 gated_backward_kernel [bfloat16 64x64x32 aligned]", "shared", 16384
+                ),
+            },
+            "sm_90": {
+                Tile(128, 128, 64, 8, 3): Modelled("sm_90 gated_backward_kernel [bfloat16 128x128x64 aligned]", 1.0)
+            },
+            "sm_100": {
+                Tile(128, 128, 64, 8, 3): Compiled(
+                    "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 156
+                )
+            },
+            "sm_120": {
+                Tile(64, 64, 32, 4, 3): Compiled(
+                    "sm_120 gated_backward_kernel [bfloat16 128x64x32 aligned, 8 warps: rejected]", "spills", 2
+                )
+            },
+            "gfx942": {
+                Tile(128, 64, 32, 4, 2): Compiled(
+                    "gfx942 gated_backward_kernel [float32 128x64x32 unaligned]", "registers", 201
+                )
+            },
+        },
+        interpreted=Tile(64, 64, 64, 4, 1),
+        pointers={Tile(64, 64, 32, 4, 3): Modelled("sm_90 gated_backward_kernel [bfloat16 64x64x32 unaligned]", 0.356)},
+        fp32={
+            "sm_100": {
+                LIBRARY: Compiled(
+                    "sm_100 gated_backward_kernel [float32 128x128x64 aligned, 8 warps: rejected]", "shared", 278576
+                )
+            }
+        },
+        accurate=False,
+        operands=1,
+        candidates=(*GEMM_TILES, Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), LIBRARY),
+        rejected=(
+            Rejected("sm_80", torch.bfloat16, Tile(128, 128, 32, 4, 3)),
+            Rejected("sm_100", torch.float32, Tile(128, 128, 64, 8, 3)),
+            Rejected("sm_120", torch.bfloat16, Tile(128, 64, 32, 8, 3)),
+        ),
+    ),
+    "gate_kernel": Kernel(
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_90 gate_kernel [float32 alone]", "registers", 40)}},
+        interpreted=RowTile(64, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    "gate_backward_kernel": Kernel(
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_100 gate_backward_kernel [float32 alone]", "registers", 128)}},
+        interpreted=RowTile(64, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    # all directions at once
+    "interaction_pairs_kernel": Kernel(
+        tiles={
+            "sm_80": {
+                PairTile(8, 16, 64, 32, 8, 3): Compiled(
+                    "sm_80 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 174
+                )
+            },
+            "sm_90": {
+                PairTile(8, 16, 128, 64, 8, 3): Compiled(
+                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 596
+                )
+            },
+            "sm_100": {
+                PairTile(8, 16, 128, 64, 8, 3): Compiled(
+                    "sm_100 interaction_pairs_kernel [bfloat16 K=512, 8x16x64x64, 8 warps: rejected]", "spills", 2
+                )
+            },
+            "sm_120": {
+                PairTile(8, 16, 64, 32, 8, 2): Compiled(
+                    "sm_120 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 276
+                )
+            },
+            "gfx942": {
+                PairTile(8, 16, 64, 32, 4, 2): Compiled(
+                    "gfx942 interaction_pairs_kernel [float32 K=512 full]", "registers", 178
+                )
+            },
+        },
+        interpreted=PairTile(16, 16, 32, 32, 4, 1),
+        candidates=(
+            PairTile(8, 16, 128, 64, 8, 3),
+            PairTile(8, 16, 128, 32, 8, 3),
+            PairTile(8, 16, 64, 64, 8, 3),
+            PairTile(8, 16, 64, 32, 4, 3),
+        ),
+        rejected=(
+            Rejected("sm_80", torch.float32, PairTile(8, 16, 128, 32, 8, 3)),
+            Rejected("sm_90", torch.float32, PairTile(8, 16, 256, 64, 8, 3)),
+            Rejected("sm_100", torch.bfloat16, PairTile(8, 16, 64, 64, 8, 3)),
+            Rejected("sm_120", torch.float32, PairTile(8, 16, 128, 32, 8, 2)),
+        ),
+    ),
+    # one direction at a time: a square tile of its matrix
+    "interaction_direction_kernel": Kernel(
+        tiles={
+            "sm_80": {
+                Tile(64, 64, 32, 4, 3): Compiled(
+                    "sm_80 interaction_direction_kernel [float32 K=8, 128x128x32, 8 warps: rejected]", "spills", 190
+                )
+            },
+            "sm_90": {
+                Tile(128, 128, 64, 8, 3): Modelled("sm_90 interaction_direction_kernel [bfloat16 K=8 full]", 1.0)
+            },
+            "sm_100": {
+                Tile(64, 64, 64, 4, 3): Compiled(
+                    "sm_100 interaction_direction_kernel [float32 K=8 full]", "registers", 254
+                )
+            },
+            "sm_120": {
+                Tile(64, 64, 32, 4, 2): Compiled(
+                    "sm_120 interaction_direction_kernel [float32 K=8, 128x128x32, 8 warps: rejected]", "spills", 276
+                )
+            },
+            "gfx942": {
+                Tile(64, 64, 32, 4, 2): Compiled(
+                    "gfx942 interaction_direction_kernel [float32 K=8 full]", "registers", 98
+                )
+            },
+        },
+        interpreted=Tile(32, 32, 32, 4, 1),
+        fp32={
+            "sm_90": {
+                Tile(64, 64, 32, 4, 3): Compiled(
+                    "sm_90 interaction_direction_kernel [float32 K=8, 128x128x64, 8 warps: rejected]", "spills", 32
+                )
+            }
+        },
+        candidates=(Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), LIBRARY),
+        rejected=(
+            Rejected("sm_80", torch.float32, Tile(128, 128, 32, 8, 3)),
+            Rejected("sm_90", torch.float32, Tile(128, 128, 64, 8, 3)),
+            Rejected("sm_120", torch.float32, Tile(128, 128, 32, 8, 2)),
+        ),
+    ),
+    "mask_kernel": Kernel(
+        tiles={"any": {RowTile(16, 64, 4): Compiled("sm_90 mask_kernel [bfloat16 continuous full]", "registers", 56)}},
+        interpreted=RowTile(64, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    "mask_backward_kernel": Kernel(
+        tiles={
+            "any": {RowTile(16, 64, 4): Compiled("sm_90 mask_backward_kernel [bfloat16 source full]", "registers", 126)}
+        },
+        interpreted=RowTile(64, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    "uniform_kernel": Kernel(
+        tiles={"any": {RowTile(16, 64, 4): Compiled("sm_90 uniform_kernel [alone]", "registers", 30)}},
+        interpreted=RowTile(64, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    # `rows` active subcomponents at a time, `columns` of their elements
+    "sparse_dots_kernel": Kernel(
+        tiles={"any": {RowTile(8, 128, 4, 3): Compiled("sm_90 sparse_dots_kernel [float32]", "registers", 40)}},
+        interpreted=RowTile(4, 16, 4),
+        candidates=GATHER_TILES,
+    ),
+    "sparse_sums_kernel": Kernel(
+        tiles={"any": {RowTile(8, 128, 4, 3): Compiled("sm_90 sparse_sums_kernel [float32]", "registers", 34)}},
+        interpreted=RowTile(4, 16, 4),
+        candidates=GATHER_TILES,
+    ),
+    # the three-term form of fp32 products keeps two split operands in registers
+    "squared_difference_kernel": Kernel(
+        tiles={
+            "any": {Tile(64, 64, 32, 4, 3): Compiled("sm_120 squared_difference_kernel [float32]", "registers", 235)}
+        },
+        interpreted=Tile(32, 32, 32, 4, 1),
+        operands=1,
+        candidates=(
+            Tile(128, 64, 32, 8, 3),
+            Tile(64, 128, 32, 8, 3),
+            Tile(64, 64, 64, 4, 2),
+            Tile(64, 64, 32, 8, 3),
+        ),
     ),
 }
-OPERANDS = {"gate_forward": 2, "gate_backward": 1, "squared_difference": 1}  # of block_n rows, beside one of block_m
 
-# Left to the library (compiled): spills in unaligned rows, 28 at 128 x 64; 278,576 bytes of shared memory.
-NOT_IN_TF32 = {("gate_forward", "sm_120"), ("gate_backward", "sm_100")}
+# A choice among several kernels is known by the name of their launcher.
+LAUNCHERS = {"interaction_matrices": ("interaction_pairs_kernel", "interaction_direction_kernel")}
 
-
-def gated_forward(arch: str, dtype: torch.dtype, m: int, d: int, descriptors: bool) -> tuple[Choice, ...]:
-    """Tiles of the fused forward, best first; the library where its GEMMs and the gate kernel are the faster path."""
-    return _fused("gate_forward", GATED_FORWARD, arch, dtype, m, d, descriptors)
-
-
-def gated_backward(arch: str, dtype: torch.dtype, m: int, o: int, descriptors: bool) -> tuple[Choice, ...]:
-    """Tiles of the fused dhid GEMM and gate backward, best first; the library where its GEMM is faster."""
-    return _fused("gate_backward", GATED_BACKWARD, arch, dtype, m, o, descriptors)
+FEW_TOKENS = Threshold(64, "too few tiles to fill a device; no receipt yet")
+LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the gate is a small part; no receipt yet")
+FEW_DIRECTIONS = Threshold(16, "a pair tile computes at least 64 directions; no receipt yet between 16 and 64")
+MANY_NEURONS = Threshold(8192, "from 512 directions on, generating S takes longer than reading it; no receipt yet")
 
 
-def _fused(
-    kernel: str, table: dict[str, tuple[Tile, ...]], arch: str, dtype: torch.dtype, m: int, k: int, descriptors: bool
-) -> tuple[Choice, ...]:
+def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) -> tuple[Choice, ...]:
+    """The tiles of a kernel that fit the device, best first; LIBRARY if none fits."""
+    record = KERNELS[kernel]
     if arch == "interpreter":
-        return table[arch]
-    if not tensor_cores(dtype):
-        return (LIBRARY,)  # fp32-accurate products come from there
-    if m <= 64 or k >= 4096:
-        return (LIBRARY,)  # model: too few tiles to fill the device; its main loop is ahead and the gate is hidden
-    tiles = table["pointers" if has_descriptors(arch) and not descriptors else arch]
-    return tuple(t for t in tiles if fits(kernel, arch, dtype, t)) or (LIBRARY,)
+        return (record.interpreted,)
+    row = record.tiles.get(TWINS.get(arch, arch)) or record.tiles["any"]
+    if record.pointers and has_descriptors(arch) and not descriptors:
+        row = record.pointers
+    if dtype == torch.float32:
+        row = record.fp32.get(arch, row)
+    return tuple(t for t in row if fits(kernel, arch, dtype, t)) or (LIBRARY,)
 
 
-def interaction(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
-    """The order of contraction: a Tile for one direction at a time, a PairTile for all at once, or the composite."""
-    if directions <= 16:
-        # three products of fp32 operands leave no registers for a 128 x 128 tile: 32 spills (compiled, sm_90)
-        wide = dtype == torch.float32 and arch == "sm_90"
-        return (INTERACTION_DIRECTION["sm_80" if wide else arch],)
-    if h >= 8192 and directions >= 512:
-        return (LIBRARY,)  # model: generating S takes longer than reading it back
-    return (INTERACTION_PAIRS[arch],)
+def gated(kernel: str, arch: str, dtype: torch.dtype, m: int, k: int, descriptors: bool) -> tuple[Choice, ...]:
+    """Tiles of a fused gated kernel, best first; LIBRARY where a library GEMM and our epilogue are faster.
+
+    The kernel has `m` rows of tokens and a contraction of length `k`.
+    """
+    if arch == "interpreter":
+        return tiles(kernel, arch, dtype)
+    if not tensor_cores(dtype) or m <= FEW_TOKENS.size or k >= LONG_CONTRACTION.size:
+        return (LIBRARY,)
+    return tiles(kernel, arch, dtype, descriptors)
 
 
-def everywhere(kernel: str, arch: str) -> tuple[Choice, ...]:
-    """The tile of a kernel that has one for all devices."""
-    return (EVERYWHERE[kernel][arch == "interpreter"],)
+def interaction_matrices(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
+    """The order of contraction: a Tile for one direction at a time, a PairTile for all at once, LIBRARY for neither."""
+    if directions <= FEW_DIRECTIONS.size:
+        return tiles("interaction_direction_kernel", arch, dtype)
+    if h >= MANY_NEURONS.size and directions >= 512:
+        return (LIBRARY,)
+    return tiles("interaction_pairs_kernel", arch, dtype)
 
 
-def candidates(kernel: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """What is worth measuring: the table's choice first, then all else that fits the device."""
-    if kernel in ("gate_forward", "gate_backward") and not tensor_cores(dtype):
+def candidates(choice: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """What is worth measuring: the table's tiles first, then every other candidate that fits the device."""
+    kernels = LAUNCHERS.get(choice, (choice,))
+    if not (tensor_cores(dtype) or all(KERNELS[kernel].accurate for kernel in kernels)):
         return tiles
-    others = (t for t in CANDIDATES[kernel] if fits(kernel, arch, dtype, t))
+    others = (t for kernel in kernels for t in KERNELS[kernel].candidates if fits(kernel, arch, dtype, t))
     return tuple(dict.fromkeys((*tiles, *others)))
 
 
 def fits(kernel: str, arch: str, dtype: torch.dtype, tile: Choice) -> bool:
-    """Whether the pipelined operands fit in shared memory; what they are is known of some kernels only."""
-    if not isinstance(tile, Tile) or kernel not in OPERANDS:
+    """Whether the pipelined operands fit in shared memory; true if the record does not say what they are."""
+    operands = KERNELS[kernel].operands
+    if not isinstance(tile, Tile) or operands is None:
         return True
-    if dtype == torch.float32 and (kernel, arch) in NOT_IN_TF32:
-        return False
-    rows = tile.block_m + OPERANDS[kernel] * tile.block_n
+    rows = tile.block_m + operands * tile.block_n
     return tile.shared_memory(rows, dtype.itemsize) <= SHARED_MEMORY[arch]
 
 

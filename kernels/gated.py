@@ -1,8 +1,8 @@
 """Kernels of the gated layer: hid = a * act(z) with a = x w^T + b_w, z = x v^T + b_v, and its backward.
 
-Forward is one persistent GEMM with two accumulators and the gate as its epilogue; backward is the GEMM dy p with the
-gate's derivative as its epilogue. Operands come through tensor descriptors where the hardware has them and the layout
-allows, else through pointers; where library GEMMs are faster, the same epilogues run alone, around them.
+The forward is one persistent GEMM with two accumulators and the gate as its epilogue. The backward is the GEMM dy p
+with the gate's derivative as its epilogue. Operands are read through tensor descriptors if hardware and layout allow,
+else through pointers. Where library GEMMs are faster, the epilogues run as kernels of their own.
 """
 
 import torch
@@ -14,14 +14,14 @@ from bilinear_ops.composite.gated import preactivations
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.activation import act, act_grad_beta, act_with_grad
-from bilinear_ops.kernels.config import RowTile, Tile
+from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile
 
 SUBTILES = tl.constexpr(4)  # of the fused backward's epilogue: column_quarters
 
 
 @triton.jit
-def forward_kernel(
+def gated_forward_kernel(
     x, stride_xm, stride_xd,
     w, stride_wh, stride_wd,
     v, stride_vh, stride_vd,
@@ -32,7 +32,7 @@ def forward_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of hid, and of a and z where they are kept."""
+    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of hid, and of a and z unless they are None."""
     beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
@@ -60,7 +60,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gated_backward_kernel(
     dy, stride_ym, stride_yo,
     p, stride_po, stride_ph,
     a, z, da, dz, stride_am,
@@ -70,7 +70,7 @@ def backward_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p and turns it into da, dz, hid."""
+    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p, and stores da, dz and hid."""
     beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
@@ -83,7 +83,7 @@ def backward_kernel(
             b_dy = load_tile(dy, stride_ym, stride_yo, m, o, M, O, BLOCK_M, BLOCK_O, DESCRIPTOR)
             b_p = load_tile(p, stride_po, stride_ph, o, h, O, H, BLOCK_O, BLOCK_H, DESCRIPTOR)
             dhid = tl.dot(b_dy, b_p, dhid, input_precision=PRECISION)
-        quarters = column_quarters(dhid)  # a whole tile's epilogue would spill
+        quarters = column_quarters(dhid)  # fewer live registers in the epilogue
         for i in tl.static_range(SUBTILES):
             gate_backward_tile(
                 quarters[i], m, h + i * (BLOCK_H // SUBTILES), tile * SUBTILES + i,
@@ -97,7 +97,7 @@ def gate_backward_tile(
     a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H,
     ACTIVATION: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and its part of dbeta."""
+    """Store da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and the tile's part of dbeta."""
     BLOCK_M: tl.constexpr = dhid.shape[0]
     BLOCK_H: tl.constexpr = dhid.shape[1]
     b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
@@ -109,7 +109,7 @@ def gate_backward_tile(
     store_tile(dz, stride_am, m, h, M, H, b_dz, DESCRIPTOR)
     if hid is not None:
         store_tile(hid, stride_hm, m, h, M, H, b_a * f, DESCRIPTOR)
-    if dbeta_ptr is not None:  # one part a tile, added up in order afterwards
+    if dbeta_ptr is not None:  # one part per tile; the launcher sums the parts in order
         tl.store(dbeta_ptr + part, tl.sum(dhid * b_a * act_grad_beta(b_z, beta, ACTIVATION)))
 
 
@@ -137,7 +137,7 @@ def gate_backward_kernel(
     M, H,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A program turns one tile [BLOCK_M, BLOCK_H] of dhid into da, dz and hid."""
+    """A program reads one tile [BLOCK_M, BLOCK_H] of dhid and stores da, dz and hid."""
     beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
     tiles_h = tl.cdiv(H, BLOCK_H)
     m = tl.program_id(0) // tiles_h * BLOCK_M
@@ -150,7 +150,7 @@ def gate_backward_kernel(
 
 
 def row_blocks(x: Tensor, h: int) -> list[slice]:
-    """Rows of x for which the backward is computed at a time: all."""
+    """The blocks of rows for which the backward is computed: one block of all rows."""
     return [slice(0, x.shape[0])]
 
 
@@ -179,7 +179,7 @@ def gate_forward(
         a, z = (None, None) if az is None else az.chunk(2, 1)
         into = (tile.block_m, tile.block_n)
         weight = (tile.block_n, tile.block_k)
-        forward_kernel[(via.programs(tile, m, h, x.device),)](
+        gated_forward_kernel[(via.programs(tile, m, h, x.device),)](
             via.described(x, (tile.block_m, tile.block_k), descriptor), *x.stride(),
             via.described(w, weight, descriptor), *w.stride(),
             via.described(v, weight, descriptor), *v.stride(),
@@ -195,8 +195,8 @@ def gate_forward(
 
     if m * h == 0:
         return run(config.LIBRARY)
-    tiles = config.gated_forward(arch, x.dtype, m, d, descriptor)
-    return via.launch("gate_forward", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
+    tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, d, descriptor)
+    return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 
 
 def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
@@ -212,8 +212,8 @@ def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
         )  # fmt: skip
 
     if m * h:
-        tiles = config.everywhere("gate", config.architecture(az.device))
-        via.launch("gate", az, (tuning.bucket(m), h), tiles, run)
+        tiles = config.tiles("gate_kernel", config.architecture(az.device), az.dtype)
+        via.launch("gate_kernel", az, (tuning.bucket(m), h), tiles, run)
     return hid
 
 
@@ -226,7 +226,7 @@ def gate_backward(
     need_hid: bool,
     need_beta: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[da | dz] [M, 2h], hid [M, h] and dbeta [] where needed, from the gradient of y = hid p^T, or of hid itself."""
+    """[da | dz] [M, 2h], and hid [M, h] and dbeta [] if needed, from dy of y = hid p^T, or from dhid if p is None."""
     m, h = az.shape[0], az.shape[1] // 2
     dadz = torch.empty_like(az)
     hid = az.new_empty(m, h) if need_hid else None
@@ -249,7 +249,7 @@ def _fused_backward(
     activation: str,
     need_beta: bool,
 ) -> Tensor | None:
-    """Write dadz and hid; returns the tiles' parts of dbeta."""
+    """Write dadz and hid from dy [M, o]; return the tiles' parts of dbeta."""
     (m, o), h = dy.shape, p.shape[1]
     (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
     arch = config.architecture(az.device)
@@ -262,7 +262,7 @@ def _fused_backward(
         into = (tile.block_m, tile.block_n // SUBTILES.value)
         tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n)
         parts = az.new_empty(tiles * SUBTILES.value, dtype=torch.float32) if need_beta else None
-        backward_kernel[(via.programs(tile, m, h, az.device),)](
+        gated_backward_kernel[(via.programs(tile, m, h, az.device),)](
             via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
             *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
@@ -275,8 +275,8 @@ def _fused_backward(
         )  # fmt: skip
         return parts
 
-    tiles = config.gated_backward(arch, az.dtype, m, o, descriptor)
-    return via.launch("gate_backward", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
+    tiles = config.gated("gated_backward_kernel", arch, az.dtype, m, o, descriptor)
+    return via.launch("gated_backward_kernel", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
 
 
 def _gate_backward_alone(
@@ -288,7 +288,7 @@ def _gate_backward_alone(
     activation: str,
     need_beta: bool,
 ) -> Tensor | None:
-    """The same from dhid [M, h]."""
+    """Write dadz and hid from dhid [M, h]; return the tiles' parts of dbeta."""
     m, h = dhid.shape
     (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
 
@@ -301,5 +301,5 @@ def _gate_backward_alone(
         )  # fmt: skip
         return parts
 
-    tiles = config.everywhere("gate_backward_alone", config.architecture(az.device))
-    return via.launch("gate_backward_alone", az, (tuning.bucket(m), h), tiles, run)
+    tiles = config.tiles("gate_backward_kernel", config.architecture(az.device), az.dtype)
+    return via.launch("gate_backward_kernel", az, (tuning.bucket(m), h), tiles, run)

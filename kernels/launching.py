@@ -1,4 +1,4 @@
-"""What the launchers share: operands as descriptors or strided pointers, program counts, the right device."""
+"""What the launchers share: operands as descriptors or pointers, program counts, the launch on the right device."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,18 +11,18 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bilinear_ops.kernels import config, tuning
-from bilinear_ops.kernels.config import Choice
+from bilinear_ops.kernels.records import Choice, Tile
 
 T = TypeVar("T")
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
-    """Launch here: Triton otherwise launches on the current device, whatever the tensors say."""
+    """Make the device of `t` current: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether hardware descriptors can address all of these matrices: 16-byte rows, unit last stride, not empty."""
+    """Whether descriptors can address all of these matrices: 16-byte aligned rows, unit last stride, not empty."""
     return all(
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1] > 0
@@ -33,39 +33,40 @@ def describable(*tensors: Tensor) -> bool:
 
 
 def described(t: Tensor | None, block: Sequence[int], descriptor: bool) -> Tensor | TensorDescriptor | None:
-    """`t` as a kernel's tiles of shape `block` reach it."""
+    """A descriptor of `t` with blocks of shape `block`, or `t` itself if `descriptor` is false."""
     if t is None or not descriptor:
         return t
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The products of a `tl.dot`: fp32 stays fp32-accurate unless the user opted in to TF32."""
+    """The `input_precision` of a `tl.dot`: fp32 products stay fp32-accurate unless the user opted in to TF32."""
     return "tf32" if dtype == torch.float32 and config.tf32_allowed() else "ieee"
 
 
 def scalar(t: Tensor | None) -> Tensor | None:
-    """A run-time number as kernels read it: fp32, through a pointer."""
+    """A run-time number in fp32, which kernels read through a pointer."""
     return None if t is None else t.to(torch.float32)
 
 
-def programs(tile: config.Tile, m: int, n: int, device: torch.device) -> int:
+def programs(tile: Tile, m: int, n: int, device: torch.device) -> int:
     """Programs of a persistent kernel over the tiles of an [m, n] output."""
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     return min(tiles, config.processors(device) * tile.blocks_per_sm)
 
 
-def launch(kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Any], T]) -> T:
-    """run(tile) on the device of `like`, with the first of the table's tiles that fits, or with what tuning prefers.
+def launch(choice: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Any], T]) -> T:
+    """Return run(tile) on the device of `like`, with the tuned tile if there is one, else the first tile that fits.
 
-    `kernel` and `shape` name the choice, and `run` may be called more than once: see `tuning.preferred`.
+    `choice` is the name of a kernel, or of a launcher that chooses between kernels. `choice` and `shape` are the key of
+    the tuned tile. `run` may be called more than once: see `tuning.preferred`.
     """
     with on_device_of(like):
-        return first_that_fits(tuning.preferred(kernel, like, shape, tiles, run), run)
+        return first_that_fits(tuning.preferred(choice, like, shape, tiles, run), run)
 
 
 def first_that_fits(tiles: Sequence[Choice], run: Callable[[Any], T]) -> T:
-    """Run the best tile, stepping down where the device runs out of registers or shared memory."""
+    """Run the best tile; step down to the next when the device runs out of registers or shared memory."""
     *better, last = tiles
     for tile in better:
         try:

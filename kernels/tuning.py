@@ -1,8 +1,8 @@
-"""Which tile runs where measuring was asked for: the fastest candidate at first use, remembered in memory and on disk.
+"""Tuning: the fastest candidate tile, measured at first use and kept in memory and on disk.
 
-Without BILINEAR_OPS_TUNE=1 (or `bilinear_ops.warmup(..., tune=True)`) nothing here is looked at and config.py's tables
-decide. A choice is a file of its own, named by a hash of all that it depends on: there is nothing to merge or migrate,
-and a file that cannot be read, or is not ours, is measured anew.
+BILINEAR_OPS_TUNE=1 or `bilinear_ops.warmup(..., tune=True)` turns tuning on; otherwise the tables of config.py decide.
+Each choice is one file, named by a hash of all that the choice depends on: nothing to merge or to migrate. If a file
+cannot be read or is not ours, the tiles are measured again.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bilinear_ops.kernels import config
-from bilinear_ops.kernels.config import Choice
+from bilinear_ops.kernels.records import Choice
 
 Key = tuple[tuple[str, object], ...]
 
-ROUNDS = 10  # of timing; each takes the candidates in turn, so that a slow spell hits them all
+ROUNDS = 10  # of timing; each runs every candidate once, so that a slow spell hits them all
 FLUSH_BYTES = 256 << 20  # written before every timed run: more than any L2 cache holds
 
 _chosen: dict[Key, Choice] = {}
 _forced: dict[str, tuple[Choice, ...]] = {}
-_asked = 0  # how many `measuring` contexts are open
+_open = 0  # `measuring` contexts
 
 
 def preferred(
     kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Choice], object]
 ) -> tuple[Choice, ...]:
-    """`tiles`, the table's choice, behind the one that was measured to be the fastest here, if any was.
+    """The tile that was measured to be the fastest, if any, followed by `tiles`, those of the table.
 
-    `run` launches a tile and must leave the same results however often it is called. `shape` is all else the choice
-    may depend on, sizes that vary from call to call in `bucket`s. A CUDA graph that is being captured measures nothing:
-    it uses what is known by then.
+    `run` launches a tile and must leave the same results however often it is called. `shape` holds everything else that
+    the choice depends on; sizes that vary from call to call are rounded up by `bucket`. While a CUDA graph is captured,
+    nothing is measured: only tiles that are already known are used.
     """
     if kernel in _forced:
         return _forced[kernel]
-    measuring = _asked or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
+    measuring = _open or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
     if not (measuring or _chosen):
         return tiles
     key = _key(kernel, like, shape)
@@ -66,18 +66,18 @@ def bucket(n: int) -> int:
 
 @contextmanager
 def measuring() -> Iterator[None]:
-    """Within, tiles are measured at first use, whatever BILINEAR_OPS_TUNE says; what is found holds afterwards."""
-    global _asked
-    _asked += 1
+    """Within, tiles are measured at first use whatever BILINEAR_OPS_TUNE says; the choices hold afterwards."""
+    global _open
+    _open += 1
     try:
         yield
     finally:
-        _asked -= 1
+        _open -= 1
 
 
 @contextmanager
 def using(**tiles: Choice) -> Iterator[None]:
-    """Within, the named kernels run these tiles, whatever else was chosen: for benches, tests and static checks."""
+    """Within, the named choices are these tiles: for benches, tests and static checks."""
     before = dict(_forced)
     _forced.update({kernel: (tile,) for kernel, tile in tiles.items()})
     try:
@@ -94,7 +94,7 @@ def folder() -> Path:
 
 
 def seconds(runs: dict[Choice, Callable[[], object]], device: torch.device) -> dict[Choice, float]:
-    """The median time of each run, compiled and warm, taken in turn; on a GPU by its own clock, L2 flushed."""
+    """The median time of each warm run, taken in turn; on a GPU by CUDA events, with L2 flushed before each run."""
     clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
     samples: dict[Choice, list[float]] = {tile: [] for tile in runs}
     for _ in range(ROUNDS if device.type == "cuda" else 1):  # interpreted, time says nothing
@@ -108,7 +108,7 @@ def _gpu_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
     def clock(run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # meanwhile the host gets ahead
+        flush.zero_()  # the host enqueues the run meanwhile
         start.record()
         run()
         end.record()
@@ -146,7 +146,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _code() -> Key:
-    """Versions, and a hash of the kernels: a choice made with others is not one."""
+    """Versions and a hash of the kernels: a choice holds for no others."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         sources.update(path.read_bytes())
@@ -172,7 +172,7 @@ def _known_or_measured(
 def _measured(
     candidates: tuple[Choice, ...], run: Callable[[Choice], object], device: torch.device
 ) -> dict[Choice, float]:
-    """Times of the candidates that run; the first error where none does."""
+    """Times of the candidates that run; raises the first error if none does."""
     runs = {}
     errors: list[Exception] = []
     for tile in candidates:
@@ -187,16 +187,16 @@ def _measured(
 
 
 def _read(path: Path, key: dict[str, Any]) -> str | None:
-    """The name of the choice that was kept under exactly this key."""
+    """The name of the choice that was kept under exactly this key, or None."""
     try:
         found = json.loads(path.read_text())
         return str(found["tile"]) if found["key"] == json.loads(json.dumps(key)) else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # absent, cut off, or somebody else's
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # absent, truncated, or not ours
         return None
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all, whoever else writes; a choice that cannot be kept is measured again by the next process."""
+    """Write the file atomically; if that fails, warn, and the next process measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -30,7 +30,7 @@ def call_backward(kernels, tensors):
 
 
 def call_kernels(call, tensors, tile):
-    with tuning.using(gate_forward=tile, gate_backward=tile):
+    with tuning.using(gated_forward_kernel=tile, gated_backward_kernel=tile):
         return call(gated, tensors)
 
 
@@ -112,15 +112,21 @@ def test_steps_down_when_the_device_runs_out():
 
 def test_table_sends_each_case_down_its_path(monkeypatch):
     """fp32 stays with the library unless TF32 was opted in to; every fused tile fits its device."""
-    half, single = torch.bfloat16, torch.float32
-    assert config.gated_forward("sm_90", half, 4096, 1024, True)[0] == config.GATED_FORWARD["sm_90"][0]
-    assert config.gated_forward("sm_90", half, 4096, 1024, False) == config.GATED_FORWARD["pointers"]
-    assert config.gated_forward("sm_90", single, 4096, 1024, True) == (config.LIBRARY,)
-    for choose in (config.gated_forward, config.gated_backward):
+    half, single, forward = torch.bfloat16, torch.float32, "gated_forward_kernel"
+    record = config.KERNELS[forward]
+    assert config.gated(forward, "sm_90", half, 4096, 1024, True) == tuple(record.tiles["sm_90"])
+    assert config.gated(forward, "sm_90", half, 4096, 1024, False) == tuple(record.pointers)
+    assert config.gated(forward, "sm_86", half, 4096, 1024, False) == tuple(record.tiles["sm_120"])
+    assert config.gated(forward, "sm_90", single, 4096, 1024, True) == (config.LIBRARY,)
+    for sizes in ((64, 1024), (4096, 4096)):
+        assert config.gated(forward, "sm_90", half, *sizes, True) == (config.LIBRARY,)
+    for kernel in (forward, "gated_backward_kernel"):
         for arch in config.SHARED_MEMORY:
-            assert config.LIBRARY not in choose(arch, half, 4096, 1024, False)
+            assert config.LIBRARY not in config.gated(kernel, arch, half, 65, 4095, False)
     monkeypatch.setattr(config, "tf32_allowed", lambda: True)
-    assert config.LIBRARY not in config.gated_forward("sm_90", single, 4096, 1024, True)
+    assert config.LIBRARY not in config.gated(forward, "sm_90", single, 4096, 1024, True)
+    assert config.gated(forward, "sm_120", single, 4096, 1024, True) == (config.LIBRARY,)
+    assert config.gated("gated_backward_kernel", "sm_100", single, 4096, 1024, True) == (config.LIBRARY,)
 
 
 @pytest.mark.parametrize("spelling", ("new", "old"))
@@ -147,7 +153,7 @@ torch.manual_seed(0)
 x = torch.empty(stride * (d - 1) + 16, dtype=torch.float16).as_strided((16, d), (1, stride))
 x.copy_(torch.randn(16, d))
 w, v = torch.randn(2, 8, d).half()
-with tuning.using(gate_forward=config.Tile(16, 16, 16, 4, 1)):
+with tuning.using(gated_forward_kernel=config.Tile(16, 16, 16, 4, 1)):
     hid, _ = gated.gate_forward(x, w, v, None, None, None, "identity", False)
 torch.testing.assert_close(hid.float(), (x.float() @ w.float().T) * (x.float() @ v.float().T), rtol=1e-2, atol=1e-2)
 """

@@ -218,7 +218,7 @@ def test_tuning(device, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     shapes = ((4096, 512), (1024, 512), (1024, 512), (512, 1024))
     bo.warmup(bo.gated_mlp, *shapes, dtype=torch.bfloat16, device=device, tune=True, activation="silu")
-    assert {"gate_forward", "gate_backward"} <= {dict(key)["kernel"] for key in tuning._chosen}
+    assert {"gated_forward_kernel", "gated_backward_kernel"} <= {dict(key)["kernel"] for key in tuning._chosen}
     assert_right([t.to(device) for t in inputs(4096, 512, 1024, 512, torch.bfloat16)], "silu", "triton")
     monkeypatch.setattr(tuning, "_chosen", {})
     x, w = drawn(device, 4096, 256), drawn(device, 512, 256)

@@ -23,7 +23,7 @@ def layer(K, d, h, dtype=torch.float32):
 
 def assert_right(tensors, packed, order):
     kind = "packed" if packed else "full"
-    with tuning.using(interaction=ORDERS[order]):
+    with tuning.using(interaction_matrices=ORDERS[order]):
         q = kernels.interaction_matrices(*tensors, None, packed)
     eager = bo.reference.interaction_matrices(*tensors, layout=kind)
     assert_no_worse(q, eager, bo.reference.interaction_matrices(*(t.double() for t in tensors), layout=kind))
@@ -55,7 +55,7 @@ def test_any_layout(kind, order):
 @pytest.mark.parametrize("packed", [False, True])
 def test_touches_only_its_memory(packed, order):
     tensors = [testing.guarded(t) for t in layer(5, 18, 21)]
-    with testing.GuardedAllocations() as memory, tuning.using(interaction=ORDERS[order]):
+    with testing.GuardedAllocations() as memory, tuning.using(interaction_matrices=ORDERS[order]):
         q = kernels.interaction_matrices(*tensors, None, packed)
     assert memory.allocated
     memory.check()
@@ -114,6 +114,9 @@ def test_streaming_and_ranking_use_the_kernels(monkeypatch):
 def test_table_sends_each_case_down_its_path():
     for arch in config.SHARED_MEMORY:
         for dtype in (torch.bfloat16, torch.float32):
-            assert isinstance(config.interaction(arch, dtype, 8, 2048)[0], config.Tile)
-            assert isinstance(config.interaction(arch, dtype, 512, 2048)[0], config.PairTile)
-            assert config.interaction(arch, dtype, 512, 8192) == (config.LIBRARY,)
+            assert isinstance(config.interaction_matrices(arch, dtype, 8, 2048)[0], config.Tile)
+            assert isinstance(config.interaction_matrices(arch, dtype, 512, 2048)[0], config.PairTile)
+            assert config.interaction_matrices(arch, dtype, 512, 8192) == (config.LIBRARY,)
+    few = config.KERNELS["interaction_direction_kernel"]
+    assert config.interaction_matrices("sm_90", torch.float32, 16, 64) == tuple(few.fp32["sm_90"])
+    assert isinstance(config.interaction_matrices("sm_90", torch.float32, 17, 64)[0], config.PairTile)

@@ -53,7 +53,7 @@ def test_same_for_every_tile(shape, monkeypatch):
         monkeypatch.setattr(composite, "BLOCK", block)
         assert torch.equal(composite.uniform(torch.tensor(5), 0, 2, *shape), expected)
     for tile in (config.RowTile(16, 128, 4), config.RowTile(32, 16, 4), config.RowTile(64, 64, 4)):
-        with tuning.using(uniform=tile):
+        with tuning.using(uniform_kernel=tile):
             assert torch.equal(kernels.uniform(torch.tensor(5), 0, 2, *shape), expected)
 
 

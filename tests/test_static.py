@@ -16,11 +16,17 @@ pytest.importorskip("triton")
 def test_compiles_without_spills(arch):
     done = _run("-m", "bench.static", "--target", arch)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "forward_kernel" in done.stdout and "backward_kernel" in done.stdout
+    assert "gated_forward_kernel" in done.stdout and "gated_backward_kernel" in done.stdout
 
 
 TOO_LARGE = """
-config.GATED_FORWARD["sm_90"] = (config.Tile(128, 128, 64, 4, 3),)
+config.KERNELS["gated_forward_kernel"].tiles["sm_90"] = {config.Tile(128, 128, 64, 4, 3): "as a test"}
+"""
+NOTHING_WRONG = """
+import dataclasses, torch
+record = config.KERNELS["gated_forward_kernel"]
+spill_free = config.Rejected("sm_90", torch.bfloat16, config.Tile(128, 64, 32, 8, 3), aligned=False)
+config.KERNELS["gated_forward_kernel"] = dataclasses.replace(record, rejected=(spill_free,))
 """
 RUN_TIME_EXTENT = """
 from bilinear_ops.kernels.interaction import matrices
@@ -31,7 +37,7 @@ with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
     file.write(source.replace(h, "H, PACKED"))
     file.flush()
     broken = runpy.run_path(file.name)
-    matrices.pairs_kernel = broken["pairs_kernel"]
+    matrices.interaction_pairs_kernel = broken["interaction_pairs_kernel"]
     sys.exit(gate.main())
 """
 
@@ -43,12 +49,23 @@ with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         (
             TOO_LARGE,
             "sm_90",
-            "forward_kernel",
+            "gated_forward_kernel",
             r"\[bfloat16 128x2x128x64 aligned\]: \d+ spill instructions, \d+ of them",
         ),
-        (RUN_TIME_EXTENT, "sm_90", "pairs_kernel", r"\[bfloat16 K=512 full\]: \d+ wgmmas of the main loop waited for"),
+        (
+            RUN_TIME_EXTENT,
+            "sm_90",
+            "interaction_pairs_kernel",
+            r"\[bfloat16 K=512 full\]: \d+ wgmmas of the main loop waited for",
+        ),
+        (
+            NOTHING_WRONG,
+            "sm_90",
+            "gated_forward_kernel",
+            r"\[bfloat16 128x2x64x32 unaligned, 8 warps: rejected\]: nothing is wrong with this rejected tile",
+        ),
     ),
-    ids=("spills", "run-time extent"),
+    ids=("spills", "run-time extent", "no evidence"),
 )
 def test_a_broken_kernel_fails_the_gate(breaking, arch, kernel, message):
     """Named with its target and the figure that is wrong. In one process: others would not have the breakage."""

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from bilinear_ops.testing import randn
 SMALL = (config.Tile(32, 32, 16, 4, 1), config.Tile(16, 64, 32, 4, 1), config.LIBRARY)
 ROWS = (config.RowTile(16, 32, 4), config.RowTile(32, 16, 4))
 CANDIDATES = {
-    **dict.fromkeys(config.CANDIDATES, ROWS),
-    "gate_forward": SMALL,
-    "gate_backward": SMALL,
-    "interaction": (config.PairTile(8, 16, 16, 16, 4, 1), config.Tile(16, 16, 16, 4, 1), config.LIBRARY),
-    "squared_difference": SMALL[:2],
+    **dict.fromkeys(config.KERNELS, ROWS),
+    "gated_forward_kernel": SMALL,
+    "gated_backward_kernel": SMALL,
+    "interaction_pairs_kernel": (config.PairTile(8, 16, 16, 16, 4, 1),),
+    "interaction_direction_kernel": (config.Tile(16, 16, 16, 4, 1), config.LIBRARY),
+    "squared_difference_kernel": SMALL[:2],
 }
 
 
@@ -55,13 +57,14 @@ def uniform(impl="triton"):
     return bo.stochastic_mask(torch.zeros(5, 6), samples=2, seed=1, impl=impl)
 
 
-KERNELS = {
-    gated: {"gate_forward", "gate_backward", "gate", "gate_backward_alone"},  # the last two within the library's choice
-    interaction: {"interaction"},
-    stochastic: {"mask", "mask_backward"},
-    sparse: {"sparse_dots", "sparse_sums"},
-    faithfulness: {"squared_difference"},
-    uniform: {"uniform"},
+CHOICES = {
+    # the row kernels run within the library's choice
+    gated: {"gated_forward_kernel", "gated_backward_kernel", "gate_kernel", "gate_backward_kernel"},
+    interaction: {"interaction_matrices"},
+    stochastic: {"mask_kernel", "mask_backward_kernel"},
+    sparse: {"sparse_dots_kernel", "sparse_sums_kernel"},
+    faithfulness: {"squared_difference_kernel"},
+    uniform: {"uniform_kernel"},
 }
 
 
@@ -89,7 +92,8 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setenv("BILINEAR_OPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "seconds", clock)
-    monkeypatch.setattr(config, "CANDIDATES", CANDIDATES)
+    for kernel, tiles in CANDIDATES.items():
+        monkeypatch.setitem(config.KERNELS, kernel, replace(config.KERNELS[kernel], candidates=tiles))
     monkeypatch.setattr(config, "tf32_allowed", lambda: True)  # else the gated layer's fp32 is the library's
     return clock
 
@@ -107,13 +111,13 @@ def kept(folder):
     return {json.loads(path.read_text())["key"]["kernel"] for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("call", KERNELS)
+@pytest.mark.parametrize("call", CHOICES)
 @pytest.mark.parametrize("fastest", (1, 3))
 def test_measured_once_and_right_whatever_is_fastest(call, fastest, clock, tmp_path):
     clock.fastest = fastest
     first = found(call)
     torch.testing.assert_close(first, found(call, "torch"))
-    assert kept(tmp_path) == KERNELS[call] and clock.measured
+    assert kept(tmp_path) == CHOICES[call] and clock.measured
     chosen = dict(tuning._chosen)
     for candidates, key in zip(clock.measured, chosen, strict=True):
         assert key[0][0] == "kernel" and chosen[key] == candidates[min(fastest, len(candidates) - 1)]
@@ -132,10 +136,12 @@ def test_table_decides_unless_asked(clock, tmp_path, monkeypatch):
     for value in ("", "0", "off", None):
         monkeypatch.setenv("BILINEAR_OPS_TUNE", value) if value is not None else monkeypatch.delenv("BILINEAR_OPS_TUNE")
         ran = []
-        original = config.everywhere
-        monkeypatch.setattr(config, "everywhere", lambda *a, ran=ran, original=original: ran.append(a) or original(*a))
+        original = config.tiles
+        monkeypatch.setattr(config, "tiles", lambda *a, ran=ran, original=original: ran.append(a[0]) or original(*a))
         found(gated)
-        assert not ran and not clock.measured and not tuning._chosen
+        assert (
+            set(ran) == {"gated_forward_kernel", "gated_backward_kernel"} and not clock.measured and not tuning._chosen
+        )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -223,26 +229,27 @@ def test_a_tile_that_does_not_run_is_left_out(clock, monkeypatch):
             raise broken[tile]
 
     tiles = tuple(config.Tile(n, n, 16, 4, 1) for n in (16, 32, 64))
-    monkeypatch.setitem(config.CANDIDATES, "gate_forward", ())
+    record = replace(config.KERNELS["gated_forward_kernel"], candidates=())
+    monkeypatch.setitem(config.KERNELS, "gated_forward_kernel", record)
     broken = {tiles[0]: OutOfResources(2, 1, "shared memory"), tiles[2]: RuntimeError("no register left")}
-    assert tuning.preferred("gate_forward", randn(2, 2), (1,), tiles, run)[0] == tiles[1]
+    assert tuning.preferred("gated_forward_kernel", randn(2, 2), (1,), tiles, run)[0] == tiles[1]
     assert clock.measured == [[tiles[1]]]
     broken[tiles[1]] = RuntimeError("another")
     with pytest.raises(OutOfResources):
-        tuning.preferred("gate_forward", randn(2, 2), (2,), tiles, run)
+        tuning.preferred("gated_forward_kernel", randn(2, 2), (2,), tiles, run)
 
 
 def test_what_a_choice_depends_on(monkeypatch):
     def key():
         tuning._code.cache_clear()
-        return tuning._key("gate", t, (4, 8))
+        return tuning._key("gate_kernel", t, (4, 8))
 
     t = randn(2, 2)
     keys = [
         key(),
-        tuning._key("mask", t, (4, 8)),
-        tuning._key("gate", t, (8, 8)),
-        tuning._key("gate", t.half(), (4, 8)),
+        tuning._key("mask_kernel", t, (4, 8)),
+        tuning._key("gate_kernel", t, (8, 8)),
+        tuning._key("gate_kernel", t.half(), (4, 8)),
     ]
     with monkeypatch.context() as other:
         other.setattr(config, "tf32_allowed", lambda: True)
@@ -264,14 +271,19 @@ def test_what_a_choice_depends_on(monkeypatch):
 @pytest.mark.parametrize("arch", config.SHARED_MEMORY)
 def test_candidates_begin_with_the_table(arch, monkeypatch):
     half = torch.bfloat16
-    for kernel, choose in (("gate_forward", config.gated_forward), ("gate_backward", config.gated_backward)):
-        tiles = choose(arch, half, 4096, 1024, True)
+    for kernel in ("gated_forward_kernel", "gated_backward_kernel"):
+        tiles = config.gated(kernel, arch, half, 4096, 1024, True)
         found = config.candidates(kernel, arch, half, tiles)
         assert found[: len(tiles)] == tiles and len(set(found)) == len(found) > len(tiles) and config.LIBRARY in found
         assert config.candidates(kernel, arch, torch.float32, (None,)) == (None,)  # TF32 was not opted in to
-    assert set(config.EVERYWHERE) < set(config.CANDIDATES)
-    for kernel in config.EVERYWHERE:
-        assert config.candidates(kernel, arch, half, config.everywhere(kernel, arch))[0] is not None
+    for directions in (8, 512):
+        tiles = config.interaction_matrices(arch, half, directions, 64)
+        found = config.candidates("interaction_matrices", arch, half, tiles)
+        assert found[:1] == tiles and {type(t) for t in found} == {config.Tile, config.PairTile, type(config.LIBRARY)}
+    for kernel, record in config.KERNELS.items():
+        if "any" in record.tiles:
+            found = config.candidates(kernel, arch, half, config.tiles(kernel, arch, half))
+            assert len(found) > 1 and config.LIBRARY not in found
 
 
 def test_the_clock_itself(monkeypatch):
@@ -290,12 +302,12 @@ def test_warmup_tunes_when_asked(clock, monkeypatch, tmp_path):
     assert not clock.measured and not list(tmp_path.iterdir())
     clock.fastest = 1
     bo.warmup(bo.gated_mlp, *shapes, device="cpu", tune=True, backward=False, **options)
-    assert kept(tmp_path) == {"gate_forward", "gate"}
+    assert kept(tmp_path) == {"gated_forward_kernel", "gate_kernel"}
     bo.warmup(bo.gated_mlp, *shapes, device="cpu", tune=True, **options)
-    assert kept(tmp_path) == KERNELS[gated] and torch.equal(torch.get_rng_state(), state)
+    assert kept(tmp_path) == CHOICES[gated] and torch.equal(torch.get_rng_state(), state)
     clock.measured.clear()
     assert found(gated) is not None and not clock.measured  # what was measured holds
-    assert {dict(key)["kernel"]: tile for key, tile in tuning._chosen.items()}["gate_forward"] == SMALL[0]
+    assert {dict(key)["kernel"]: tile for key, tile in tuning._chosen.items()}["gated_forward_kernel"] == SMALL[0]
 
 
 def test_warmup_takes_what_ops_take(clock):

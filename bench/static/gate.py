@@ -33,6 +33,7 @@ from bench.static import sass
 from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
+from bilinear_ops.kernels.records import Choice, PairTile, Rejected, Tile
 from bilinear_ops.results import Masks
 
 TARGETS = {
@@ -48,10 +49,11 @@ BASELINE = Path(__file__).parent / "baseline.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: what it is called in the table, and the launcher's call on meta tensors."""
+    """One launch: its name, the launcher's call on meta tensors, and whether it is evidence against its tile."""
 
     name: str
     call: Callable[[], object]
+    rejected: bool = False
 
 
 @dataclass
@@ -63,11 +65,19 @@ class Report:
     target: str
     shared: int
     code: sass.Code
+    rejected: bool = False
 
     def __str__(self) -> str:
         return f"{self.target} {self.kernel} [{self.case}]"
 
     def failures(self) -> list[str]:
+        """What is wrong; of a rejected tile, that nothing is."""
+        found = self._wrong()
+        if self.rejected:
+            found = [] if found else ["nothing is wrong with this rejected tile"]
+        return [f"{self}: {what}" for what in found]
+
+    def _wrong(self) -> list[str]:
         found = []
         limit = config.SHARED_MEMORY[self.target]
         if self.shared > limit:
@@ -80,7 +90,7 @@ class Report:
                 found.append(f"the main loop multiplies with {', '.join(self.code.matrix)}, not {unit}")
             if self.code.waits:
                 found.append(f"{self.code.waits} wgmmas of the main loop waited for one by one")
-        return [f"{self}: {what}" for what in found]
+        return found
 
     def figures(self) -> dict[str, Any]:
         """What the baseline keeps."""
@@ -131,32 +141,46 @@ def gated_cases(arch: str) -> Iterator[Case]:
     """Every tile both ways in, with the heaviest epilogue: swish and biases, everything kept; fp32 as TF32, for only
     with that opted in to are its products ours."""
     m, d, h, o = 4096, 1024, 2048, 1024
-    rows = {True: arch, False: "pointers" if config.has_descriptors(arch) else arch}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
         def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        def forward(tile: config.Choice, d: int, t: Callable[..., torch.Tensor] = t) -> object:
-            with tuning.using(gate_forward=tile), _tf32():
-                return gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), t(), "swish", True)
+        def forward(tile: Choice, aligned: bool, t: Callable[..., torch.Tensor] = t) -> object:
+            k = d + (not aligned)
+            with tuning.using(gated_forward_kernel=tile), _tf32():
+                return gated.gate_forward(t(m, k), t(h, k), t(h, k), t(h), t(h), t(), "swish", True)
 
-        def backward(tile: config.Choice, o: int, t: Callable[..., torch.Tensor] = t) -> object:
-            dy, p = (t(m, o), t(o, h)) if tile else (t(m, h), None)
-            with tuning.using(gate_backward=tile), _tf32():
-                return gated.gate_backward(dy, p, t(m, 2 * h), t(), "swish", True, True)
+        def backward(tile: Choice, aligned: bool, t: Callable[..., torch.Tensor] = t) -> object:
+            k = o + (not aligned)
+            with tuning.using(gated_backward_kernel=tile), _tf32():
+                return gated.gate_backward(t(m, k), t(k, h), t(m, 2 * h), t(), "swish", True, True)
 
         name = str(dtype).removeprefix("torch.")
-        for aligned, row in rows.items():
-            way = "aligned" if aligned else "unaligned"
-            for tile in filter(partial(config.fits, "gate_forward", arch, dtype), config.GATED_FORWARD[row]):
-                shape = f"{tile.block_m}x2x{tile.block_n}x{tile.block_k}"
-                yield Case(f"{name} {shape} {way}", partial(forward, tile, d + (not aligned)))
-            for tile in filter(partial(config.fits, "gate_backward", arch, dtype), config.GATED_BACKWARD[row]):
-                shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-                yield Case(f"{name} {shape} {way}", partial(backward, tile, o + (not aligned)))
+        for kernel, by, call in (("gated_forward_kernel", "x2x", forward), ("gated_backward_kernel", "x", backward)):
+            for aligned in (True, False):
+                way = "aligned" if aligned else "unaligned"
+                for tile in config.tiles(kernel, arch, dtype, aligned):
+                    if isinstance(tile, Tile):  # not the library
+                        yield Case(f"{name} {_shape(tile, by)} {way}", partial(call, tile, aligned))
+            for r in _rejected(kernel, arch, dtype):
+                way = "aligned" if r.aligned else "unaligned"
+                case = f"{name} {_shape(r.tile, by)} {way}, {r.tile.warps} warps: rejected"
+                yield Case(case, partial(call, r.tile, r.aligned), rejected=True)
+        alone = partial(gated.gate_backward, t(m, h), None, t(m, 2 * h), t(), "swish", True, True)
         yield Case(f"{name} alone", partial(gated.gate, t(m, 2 * h), t(), "swish"))
-        yield Case(f"{name} alone", partial(backward, None, o))
+        yield Case(f"{name} alone", alone)
+
+
+def _shape(tile: Tile | PairTile, by: str = "x") -> str:
+    """The blocks of a tile; `by` stands between those of the output."""
+    if isinstance(tile, PairTile):
+        return f"{tile.block_i}x{tile.block_j}x{tile.block_k}x{tile.block_h}"
+    return f"{tile.block_m}{by}{tile.block_n}x{tile.block_k}"
+
+
+def _rejected(kernel: str, arch: str, dtype: torch.dtype) -> Iterator[Rejected]:
+    return (r for r in config.KERNELS[kernel].rejected if r.arch == arch and r.dtype == dtype)
 
 
 def _tf32() -> AbstractContextManager[object]:
@@ -168,11 +192,20 @@ def interaction_cases(arch: str) -> Iterator[Case]:
     d, h = 1024, 2048
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         w = torch.empty(h, d, dtype=dtype, device="meta")
-        for directions in (8, 512):
+        for kernel, directions in (("interaction_direction_kernel", 8), ("interaction_pairs_kernel", 512)):
             c = torch.empty(directions, h, dtype=dtype, device="meta")
+            name = f"{str(dtype).removeprefix('torch.')} K={directions}"
             for packed in (False, True) if dtype == torch.bfloat16 else (False,):
-                name = f"{str(dtype).removeprefix('torch.')} K={directions} {'packed' if packed else 'full'}"
-                yield Case(name, partial(matrices.interaction_matrices, w, w, c, None, packed))
+                layout = "packed" if packed else "full"
+                yield Case(f"{name} {layout}", partial(matrices.interaction_matrices, w, w, c, None, packed))
+            for r in _rejected(kernel, arch, dtype):
+
+                def call(tile: Choice, w: torch.Tensor = w, c: torch.Tensor = c) -> object:
+                    with tuning.using(interaction_matrices=tile):
+                        return matrices.interaction_matrices(w, w, c, None, False)
+
+                case = f"{name}, {_shape(r.tile)}, {r.tile.warps} warps: rejected"
+                yield Case(case, partial(call, r.tile), rejected=True)
 
 
 def rank1_cases(arch: str) -> Iterator[Case]:
@@ -211,7 +244,8 @@ def reports(arch: str, only: str = "", families: Iterable[Family] = FAMILIES) ->
             with compiling(arch, only) as compiled:
                 case.call()
             for name, kernel in compiled:
-                yield Report(name, case.name, arch, kernel.metadata.shared, sass.read(kernel, arch))
+                code = sass.read(kernel, arch)
+                yield Report(name, case.name, arch, kernel.metadata.shared, code, case.rejected)
 
 
 def _family(arch: str, cases: Family, only: str) -> list[Report]:
@@ -260,13 +294,13 @@ def main() -> int:
     figures = {k: v for k, v in baseline.items() if k.split()[0] not in arguments.target or arguments.kernel not in k}
     failures, changed = [], []
     columns = f"{'reg':>4} {'shared':>7} {'spills':>6} {'loop':>5} {'tensor':>6}"
-    print(f"{'kernel':22} {'case':44} {'target':7} {columns}  matrix instructions of the main loop")
+    print(f"{'kernel':28} {'case':52} {'target':7} {columns}  matrix instructions of the main loop")
     for r in all_reports(arguments.target, arguments.kernel, arguments.jobs):
         found = figures[str(r)] = r.figures()
         tensor = "-" if r.code.tensor is None else f"{r.code.tensor:.2f}"
         matrix = " ".join(f"{k}:{n}" for k, n in r.code.matrix.items())
         numbers = f"{r.code.registers:4} {r.shared:7} {r.code.spills:6} {found['loop']:5} {tensor:>6}"
-        print(f"{r.kernel:22} {r.case:44} {r.target:7} {numbers}  {matrix}", flush=True)
+        print(f"{r.kernel:28} {r.case:52} {r.target:7} {numbers}  {matrix}", flush=True)
         if arguments.histogram:
             print("   ", " ".join(f"{k}:{n}" for k, n in r.code.histogram.items()))
         failures += r.failures()

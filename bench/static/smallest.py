@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bilinear_ops.kernels import config, tuning
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED, UNALIGNED = (33, 24, 40, 16), (33, 23, 41, 17)  # tokens, d, h, o: with rows of 16 bytes' multiples, and not
 SEED = 3
+FUSED = ("gated_forward_kernel", "gated_backward_kernel")
 Op = Callable[..., Tensor]
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -66,10 +68,6 @@ def _ours(module: Any) -> dict[str, str]:
 
 
 def _gated(device: torch.device) -> Iterator[Workload]:
-    def tile(table: dict[str, tuple[config.Tile, ...]], aligned: bool) -> config.Tile:
-        arch = config.architecture(device)
-        return table[arch if aligned or not config.has_descriptors(arch) or arch == "interpreter" else "pointers"][0]
-
     def mlp(module: Any) -> Op:
         return lambda x, w, v, p, b_w, b_v, b_p, beta: module.gated_mlp(
             x, w, v, p, b_w, b_v, b_p, activation="swish", beta=beta, **_ours(module)
@@ -84,17 +82,12 @@ def _gated(device: torch.device) -> Iterator[Workload]:
             case = "aligned" if aligned else "unaligned"
             if dtype != torch.float32:  # whose products are the library's
 
-                def forward(aligned: bool = aligned) -> config.Choice:
-                    return tile(config.GATED_FORWARD, aligned)
+                def tile(kernel: str, dtype: torch.dtype = dtype, aligned: bool = aligned) -> config.Choice:
+                    return config.tiles(kernel, config.architecture(device), dtype, aligned)[0]
 
-                def backward(aligned: bool = aligned) -> config.Choice:
-                    return tile(config.GATED_BACKWARD, aligned)
-
-                fused = f"fused, {case}"
-                yield _workload(
-                    device, "gated_mlp", fused, dtype, shapes, mlp, gate_forward=forward, gate_backward=backward
-                )
-            library: dict[str, Callable[[], config.Choice]] = dict.fromkeys(("gate_forward", "gate_backward"), _library)
+                fused = {kernel: partial(tile, kernel) for kernel in FUSED}
+                yield _workload(device, "gated_mlp", f"fused, {case}", dtype, shapes, mlp, **fused)
+            library: dict[str, Callable[[], config.Choice]] = dict.fromkeys(FUSED, _library)
             yield _workload(device, "gated_mlp", f"library, {case}", dtype, shapes, mlp, **library)
             shapes = ((m, d), (h, d), (h, d), (m, h))
             yield _workload(device, "gated_bilinear", case, dtype, shapes, up)
@@ -111,15 +104,16 @@ def _interaction(device: torch.device) -> Iterator[Workload]:
             for order, directions in (("direction", 8), ("pairs", 512)):
 
                 def tile(dtype: torch.dtype = dtype, directions: int = directions) -> config.Choice:
-                    return config.interaction(config.architecture(device), dtype, directions, h)[0]
+                    return config.interaction_matrices(config.architecture(device), dtype, directions, h)[0]
 
                 def matrices(module: Any, layout: str = layout) -> Op:
                     return lambda w, v, c: module.interaction_matrices(w, v, c, layout=layout, **_ours(module))
 
                 shapes = ((h, d), (h, d), (K, h), q)
                 yield _workload(
-                    device, "interaction_matrices", f"{order}, {layout}", dtype, shapes, matrices, interaction=tile
-                )
+                    device, "interaction_matrices", f"{order}, {layout}", dtype, shapes, matrices,
+                    interaction_matrices=tile,
+                )  # fmt: skip
 
 
 def _masked(device: torch.device) -> Iterator[Workload]:

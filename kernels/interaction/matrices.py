@@ -1,9 +1,9 @@
 """Kernels of the interaction matrices Q_k = sum_h C_kh 1/2 (w_h v_h^T + v_h w_h^T).
 
-Many directions: one GEMM over them all and a tile of pairs i <= j, Q[k, ij] = sum_h C_kh S_h(ij), with the Khatri-Rao
-factor S_h(ij) = 1/2 (w_hi v_hj + v_hi w_hj) generated in registers: half the products of any matrix at a time. Few
-directions: sum_h (C_kh [w | v]_hi) [v | w]_hj, a GEMM for each. Either way a pair is computed once and stored to both
-triangles, so that Q_k equals its transpose to the bit.
+Many directions: one GEMM of all directions by a tile of pairs i <= j, Q[k, ij] = sum_h C_kh S_h(ij). The Khatri-Rao
+factor S_h(ij) = 1/2 (w_hi v_hj + v_hi w_hj) is generated in registers: half the products of one matrix at a time. Few
+directions: one GEMM per direction, sum_h (C_kh [w | v]_hi) [v | w]_hj. Each pair is computed once and stored to both
+triangles, so that Q_k is bitwise symmetric.
 """
 
 import torch
@@ -16,18 +16,18 @@ from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.composite.interaction.matrices import interaction_matrices_backward, unpack_symmetric
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.config import PairTile, Tile
+from bilinear_ops.kernels.records import PairTile, Tile
 from bilinear_ops.kernels.tile import INTERPRET, column_quarters
 
 __all__ = ["interaction_matrices", "interaction_matrices_backward", "workspace"]
 
 SUBTILES = tl.constexpr(4)  # of the epilogue over directions: column_quarters
-MIXED = 1 << 26  # elements of the mixtures of low-rank directions formed at a time: few and large GEMMs
+MIXED = 1 << 26  # elements of a block of mixtures of low-rank directions: few and large GEMMs
 
 
 @triton.jit
 def load_rows(ptr, stride_r, row, rows, h, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Rows from `row` on of a padded matrix, columns from h on; rows past the last repeat the first."""
+    """BLOCK_R rows from `row` and BLOCK_H columns from `h` of a padded matrix; row 0 stands for rows past the last."""
     r = row + tl.arange(0, BLOCK_R)
     r = tl.where(r < rows, r, 0).to(tl.int64)
     tile = tl.load(ptr + r[:, None] * stride_r + h + tl.arange(0, BLOCK_H)[None, :])
@@ -36,7 +36,7 @@ def load_rows(ptr, stride_r, row, rows, h, BLOCK_R: tl.constexpr, BLOCK_H: tl.co
 
 @triton.jit
 def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr):
-    """Store Q_k[i, j] to its place in the packed layout, or to both triangles; i, j and k broadcast to the tile."""
+    """Store Q_k[i, j] to the packed layout, or to both triangles; i, j and k broadcast to the tile."""
     q = q_ptr + k.to(tl.int64) * stride_qk
     i = i.to(tl.int64)
     j = j.to(tl.int64)
@@ -50,7 +50,7 @@ def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr):
 
 
 @triton.jit
-def pairs_kernel(
+def interaction_pairs_kernel(
     w_ptr, v_ptr, stride_w,
     c_ptr, stride_c,
     q_ptr, stride_qk,
@@ -58,9 +58,9 @@ def pairs_kernel(
     H: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_I x BLOCK_J pairs of BLOCK_K directions; w, v [D, H] and c [K, H] end in zeros.
+    """A program computes BLOCK_I x BLOCK_J pairs of BLOCK_K directions; rows of w, v [D, H] and c [K, H] end in zeros.
 
-    H is a constant of the compilation: with a run-time extent every wgmma would wait for the one before.
+    H is a compile-time constant: with a run-time extent every wgmma waits for the previous one.
     """
     pid = tl.program_id(0)
     k0 = pid % tiles_k * BLOCK_K
@@ -81,14 +81,14 @@ def pairs_kernel(
     pair = tl.arange(0, BLOCK_I * BLOCK_J)
     i = (i0 + pair // BLOCK_J)[:, None]
     j = (j0 + pair % BLOCK_J)[:, None]
-    quarters = column_quarters(acc)  # stored at once, the tile would spill
+    quarters = column_quarters(acc)  # fewer live registers in the epilogue
     for part in tl.static_range(SUBTILES):
         k = (k0 + part * (BLOCK_K // SUBTILES) + tl.arange(0, BLOCK_K // SUBTILES))[None, :]
         store_pairs(q_ptr, stride_qk, quarters[part], i, j, k, D, K, PACKED)
 
 
 @triton.jit
-def direction_kernel(
+def interaction_direction_kernel(
     x_ptr, y_ptr, stride_x,
     c_ptr, stride_c,
     q_ptr, stride_qk,
@@ -132,27 +132,26 @@ def interaction_matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, pack
 
     if w.numel() == 0 or directions == 0:
         return run(config.LIBRARY)
-    tiles = config.interaction(config.architecture(w.device), w.dtype, directions, h)
-    return via.launch("interaction", w, (tuning.bucket(directions), d, h, packed), tiles, run)
+    tiles = config.interaction_matrices(config.architecture(w.device), w.dtype, directions, h)
+    return via.launch("interaction_matrices", w, (tuning.bucket(directions), d, h, packed), tiles, run)
 
 
 def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
-    """The most elements that `interaction_matrices` holds beside arguments and result, with the table's tiles; o is 0
-    without factors."""
+    """Peak elements of `interaction_matrices` beside arguments and result, with the table's tiles; o = 0: no u."""
     h, d = w.shape
     if o and composite.two_stage(directions, o, h):
         stage = o * (d * (d + 1) // 2)
         mixture = 0 if packed else 2 * min(directions * d * d, max(d * d, MIXED))
         return stage + max(workspace(o, 0, True, w), mixture)
     product = directions * h if o else 0
-    (tile,) = config.interaction(config.architecture(w.device), w.dtype, directions, h)
+    (tile,) = config.interaction_matrices(config.architecture(w.device), w.dtype, directions, h)
     if tile is None:
         return product + composite.workspace(directions, 0, packed, w)
     return product + (2 * d + directions) * _columns(h, tile)
 
 
 def _factored(w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool) -> Tensor:
-    """u p [K, h] where that is cheap; else the matrices of p, packed, and then their mixtures."""
+    """The matrices of the directions u p, or the mixtures by u of the packed matrices of p, whichever is cheaper."""
     directions, d = u.shape[0], w.shape[1]
     if not composite.two_stage(directions, *p.shape):
         return interaction_matrices(w, v, u @ p, None, packed)
@@ -171,7 +170,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> Non
     wt, vt, half = _padded(padded, w.t()), _padded(padded, v.t()), _padded(padded, c).mul_(0.5)
     tiles_i, tiles_j = triton.cdiv(d, tile.block_i), triton.cdiv(d, tile.block_j)
     tiles_k = triton.cdiv(directions, tile.block_k)
-    pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
+    interaction_pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
         wt, vt, padded, half, padded, q, q.stride(0), d, directions, tiles_j, tiles_k,
         H=padded, PACKED=q.dim() == 2, PRECISION=_precision(w),
         BLOCK_I=tile.block_i, BLOCK_J=tile.block_j, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, **tile.launch(),
@@ -183,7 +182,7 @@ def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: Tile) -> Non
     padded = _columns(h, tile)
     x, y, half = _padded(padded, w.t(), v.t()), _padded(padded, v.t(), w.t()), _padded(padded, c, c).mul_(0.5)
     tiles = triton.cdiv(d, tile.block_m)
-    direction_kernel[(tiles * tiles, directions)](
+    interaction_direction_kernel[(tiles * tiles, directions)](
         x, y, padded, half, padded, q, q.stride(0), d, tiles,
         H=padded, PACKED=q.dim() == 2, PRECISION=_precision(w),
         BLOCK=tile.block_m, BLOCK_H=tile.block_k, **tile.launch(),
@@ -191,13 +190,13 @@ def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: Tile) -> Non
 
 
 def _columns(h: int, tile: Tile | PairTile) -> int:
-    """Of the padded operands: all of the contraction, of length h for pairs, 2 h for one direction at a time."""
+    """Columns of the padded operands: the contraction, of length h for pairs and 2 h for one direction at a time."""
     length, block = (h, tile.block_h) if isinstance(tile, PairTile) else (2 * h, tile.block_k)
     return triton.cdiv(length, block) * block
 
 
 def _padded(columns: int, *parts: Tensor) -> Tensor:
-    """The parts side by side, rows ending in zeros, so that no load of the contraction needs a mask."""
+    """The parts side by side, each row filled up with zeros, so that loads of the contraction need no mask."""
     padded, start = parts[0].new_zeros(parts[0].shape[0], columns), 0
     for t in parts:
         padded[:, start : start + t.shape[1]] = t
@@ -206,7 +205,6 @@ def _padded(columns: int, *parts: Tensor) -> Tensor:
 
 
 def _precision(t: Tensor) -> str:
-    """fp32 stays fp32-accurate: in three TF32 products, which are nearer than eager's own sum."""
-    precision = via.precision(t.dtype)
-    on_tensor_cores = config.architecture(t.device).startswith("sm_") and t.dtype == torch.float32
-    return "tf32x3" if precision == "ieee" and on_tensor_cores else precision
+    """fp32 products stay fp32-accurate unless the user opted in to TF32."""
+    accurate = t.dtype == torch.float32 and not config.tf32_allowed()
+    return config.accurate_precision(config.architecture(t.device)) if accurate else via.precision(t.dtype)

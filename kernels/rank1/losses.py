@@ -1,4 +1,4 @@
-"""Kernel of the squared difference between a weight and its subcomponents: a GEMM that stores one number a tile."""
+"""Kernel of the squared difference between a weight and its subcomponents: a GEMM that stores one number per tile."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bilinear_ops.kernels import config
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.config import Tile
+from bilinear_ops.kernels.records import Tile
 from bilinear_ops.kernels.tile import load_tile
 
 
@@ -30,12 +30,12 @@ def squared_difference_kernel(
         b_read = load_tile(read_ptr, stride_rc, stride_ri, c, i, C, I, BLOCK_C, BLOCK_I, False)
         product = tl.dot(b_write, b_read, product, input_precision=PRECISION)
     b_weight = load_tile(weight_ptr, stride_wo, stride_wi, o, i, O, I, BLOCK_O, BLOCK_I, False).to(tl.float32)
-    residual = b_weight - product  # 0 outside the weight, where both are
+    residual = b_weight - product  # 0 outside the weight: both terms are
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(residual * residual, 1)))
 
 
 def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
-    """sum (W - (R L)^T)^2 in fp32; partial sums of the tiles are added up in order, in fp64."""
+    """sum (W - (R L)^T)^2 in fp32; the partial sums of the tiles are added in order, in fp64."""
     (o, i), c = weight.shape, read.shape[1]
     arch = config.architecture(weight.device)
 
@@ -50,6 +50,6 @@ def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
             )  # fmt: skip
         return partial
 
-    tiles = config.everywhere("squared_difference", arch)
-    partial = via.launch("squared_difference", weight, (o, i, c), tiles, run)
+    tiles = config.tiles("squared_difference_kernel", arch, weight.dtype)
+    partial = via.launch("squared_difference_kernel", weight, (o, i, c), tiles, run)
     return partial.sum(dtype=torch.float64).to(torch.float32)

@@ -1,8 +1,8 @@
 """Kernels of the masked rank-1 subcomponents: masks drawn between two library GEMMs, never stored.
 
-Forward writes acts * (mask - delta) for every sample in one pass over acts and gates, so that the product with L is one
-library GEMM over all samples. Backward reads the gradient of that array, draws the masks again, and overwrites it with
-the array itself, which the product for L's gradient needs.
+The forward writes acts * (mask - delta) of every sample in one pass over acts and gates. The product with L is then one
+library GEMM over all samples. The backward reads the gradient of that array and draws the masks again. It overwrites
+the gradient with the array itself, which the product for L's gradient needs.
 """
 
 import torch
@@ -13,15 +13,15 @@ from torch import Tensor
 from bilinear_ops.composite.rank1.masks import mask_site
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.config import RowTile
 from bilinear_ops.kernels.rank1.masks import sample_state, uniform_tile
+from bilinear_ops.kernels.records import RowTile
 from bilinear_ops.kernels.tile import load_tile, store_tile
 from bilinear_ops.results import Masks
 
 
 @triton.jit
 def load_gates(ptr, stride_m, stride_c, row, column, M, C, PERIOD, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Gates [ROWS, COLUMNS] in fp32; their rows repeat with PERIOD, where it is given."""
+    """Gates [ROWS, COLUMNS] in fp32; rows repeat with PERIOD unless it is None."""
     rows = row + tl.arange(0, ROWS).to(tl.int64)
     columns = column + tl.arange(0, COLUMNS).to(tl.int64)
     inside = (rows < M)[:, None] & (columns < C)[None, :]
@@ -36,7 +36,7 @@ def draw_tile(
     g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
     SAMPLING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(mask, d mask / d gate) of one sample. The launcher forbids fused multiply-adds, which would change the mask."""
+    """(mask, d mask / d gate) of one sample. The launcher disables fused multiply-adds: they would change the mask."""
     if SAMPLING == "given":
         mask = g
         slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
@@ -58,14 +58,14 @@ def draw_tile(
 
 @triton.jit
 def load_rows(ptr, stride, row, M, ROWS: tl.constexpr, other: tl.constexpr):
-    """One value for each of ROWS tokens, as a column [ROWS, 1]."""
+    """One value per token: a column [ROWS, 1]."""
     rows = row + tl.arange(0, ROWS).to(tl.int64)
     return tl.load(ptr + rows * stride, mask=rows < M, other=other)[:, None]
 
 
 @triton.jit
 def coefficient_tile(mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS: tl.constexpr):
-    """mask - delta, 0 for tokens routed past the subcomponents."""
+    """mask - delta, and 0 for tokens that are not routed through the subcomponents."""
     if delta_ptr is not None:
         p_delta = delta_ptr + sample * stride_ds
         mask = mask - load_rows(p_delta, stride_dm, row, M, ROWS, 0.0).to(tl.float32)
@@ -124,10 +124,10 @@ def mask_backward_kernel(
     SAMPLING: tl.constexpr, SUM_GATES: tl.constexpr, SUM_SOURCE: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program turns one tile of every sample of dmasked [S, M, C] into its shares of the gradients.
+    """A program reads one tile of every sample of dmasked [S, M, C] and stores the tile's part of the gradients.
 
-    dacts, dgates [M, C], dsource [S, M, C]; with SUM_GATES and SUM_SOURCE their sums over a tile's tokens instead, one
-    row a tile; ddelta [tiles of C, S, M]. With KEEP, dmasked becomes acts * (mask - delta).
+    dacts and dgates are [M, C], dsource [S, M, C], ddelta [tiles of C, S, M]. With SUM_GATES or SUM_SOURCE, dgates or
+    dsource is summed over the tokens of a tile: one row per tile. With KEEP, dmasked becomes acts * (mask - delta).
     """
     tiles_c = tl.cdiv(C, COLUMNS)
     tile_m = tl.program_id(0).to(tl.int64) // tiles_c
@@ -176,7 +176,7 @@ def mask_backward_kernel(
 
 @triton.jit
 def store_sum(ptr, tile, tile_m, column, C):
-    """The sum over a tile's tokens into row tile_m of a matrix with C columns."""
+    """Store the sum over a tile's tokens to row tile_m of a matrix with C columns."""
     columns = column + tl.arange(0, tile.shape[1])
     tl.store(ptr + tile_m * C + columns, tl.sum(tile, 0), mask=columns < C)
 
@@ -193,8 +193,8 @@ def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: flo
         )  # fmt: skip
 
     if masked_acts.numel():
-        tiles = config.everywhere("mask", config.architecture(acts.device))
-        via.launch("mask", acts, (s, tuning.bucket(m), c), tiles, run)
+        tiles = config.tiles("mask_kernel", config.architecture(acts.device), acts.dtype)
+        via.launch("mask_kernel", acts, (s, tuning.bucket(m), c), tiles, run)
     y = y.view(s * m, -1) if y.numel() else y.view(s * m, write.shape[1])
     torch.addmm(y, masked_acts.view(s * m, c), write, beta=beta, out=y)
 
@@ -215,7 +215,7 @@ def masked_apply_backward(
 
     def run(tile: RowTile) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         tiles_m, tiles_c = triton.cdiv(m, tile.rows), triton.cdiv(c, tile.columns)
-        dmasked = dy @ write.t()  # [S M, C]; here, because the kernel overwrites it
+        dmasked = dy @ write.t()  # [S M, C]; formed at each run: the kernel overwrites it
         dgates = partial(need_gates, tiles_m if sum_gates else m, c)
         dsource = partial(need_source, s, tiles_m if sum_source else m, c)
         ddelta = partial(need_delta, tiles_c, s, m)
@@ -227,8 +227,8 @@ def masked_apply_backward(
             )  # fmt: skip
         return dmasked, dgates, dsource, ddelta
 
-    tiles = config.everywhere("mask_backward", config.architecture(acts.device))
-    dmasked, dgates, dsource, ddelta = via.launch("mask_backward", acts, (s, tuning.bucket(m), c), tiles, run)
+    tiles = config.tiles("mask_backward_kernel", config.architecture(acts.device), acts.dtype)
+    dmasked, dgates, dsource, ddelta = via.launch("mask_backward_kernel", acts, (s, tuning.bucket(m), c), tiles, run)
     return (
         dacts,
         dmasked.t() @ dy if need_write else None,
@@ -239,7 +239,7 @@ def masked_apply_backward(
 
 
 def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
-    """The arguments both kernels read from, pointers beside their strides."""
+    """The inputs of both kernels: each pointer with its strides."""
     m, c = acts.shape
     source = None if masks.source is None else masks.source.expand(masks.samples, m, c)
     routing = None if masks.routing is None else masks.routing.view(torch.uint8)
@@ -255,13 +255,13 @@ def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
 
 
 def _period(masks: Masks, m: int) -> int | None:
-    """The period of the gates' rows, None where a stride says it all: 64-bit remainders are calls that spill."""
+    """The period of the gates' rows, or None if a stride expresses it: a 64-bit remainder is a function call."""
     period = masks.gates.shape[0]
     return None if period in (1, m) else period
 
 
 def _gates_gradient(partial: Tensor, gates: Tensor) -> Tensor:
-    """Rows [tokens or tiles, C] added up, in order, to the rows that the gates repeat."""
+    """Sum the rows [tokens or tiles, C], in order, that belong to one row of the gates."""
     period, c = gates.shape
     repeats = partial.shape[0] // period if period else 0
     return _at_least_fp32(partial.view(repeats, period, c).sum(0), gates)
@@ -276,5 +276,5 @@ def _source_gradient(partial: Tensor, source: Tensor) -> Tensor:
 
 
 def _at_least_fp32(gradient: Tensor, t: Tensor) -> Tensor:
-    """In fp32, or in fp64 for an fp64 `t`."""
+    """The gradient in fp32, or in fp64 for an fp64 `t`."""
     return gradient.to(torch.promote_types(t.dtype, torch.float32))

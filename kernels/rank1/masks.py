@@ -1,4 +1,4 @@
-"""The uniforms of `bilinear_ops.reference.uniform`, the same numbers for every tile: splitmix64 with random access."""
+"""The numbers of `bilinear_ops.reference.uniform`, bitwise, whatever the tile: splitmix64 with random access."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.config import RowTile
+from bilinear_ops.kernels.records import RowTile
 from bilinear_ops.kernels.tile import store_tile
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -37,7 +37,7 @@ def sample_state(seed_ptr, site, sample):
 
 @triton.jit
 def uniform_tile(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """float32 [ROWS, COLUMNS] in [0, 1), from an even column on: one word for two columns."""
+    """float32 [ROWS, COLUMNS] in [0, 1), from an even column on; one word gives two columns."""
     rows = (tl.cast(row, tl.int64) + tl.arange(0, ROWS)).to(tl.uint64) << PAIR_BITS
     pairs = (column // 2 + 1 + tl.arange(0, COLUMNS // 2)).to(tl.uint64)
     words = mix((state + rows * GOLDEN)[:, None] + (pairs * GOLDEN)[None, :])  # [ROWS, COLUMNS / 2]
@@ -48,7 +48,7 @@ def uniform_tile(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def unit(half_word):
-    """uint32 -> float32 in [0, 1): its top 24 bits as a signed number, scaled and moved up; every step is exact."""
+    """uint32 -> float32 in [0, 1): the top 24 bits as a signed number, scaled and shifted; every step is exact."""
     return (half_word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08 + 0.5
 
 
@@ -77,6 +77,6 @@ def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> T
         )
 
     if out.numel():
-        tiles = config.everywhere("uniform", config.architecture(seed.device))
-        via.launch("uniform", out, (samples, tuning.bucket(rows), columns), tiles, run)
+        tiles = config.tiles("uniform_kernel", config.architecture(seed.device), out.dtype)
+        via.launch("uniform_kernel", out, (samples, tuning.bucket(rows), columns), tiles, run)
     return out

@@ -1,6 +1,6 @@
 """Kernels of sparse rank-1 subcomponents: dot products with gathered rows, and weighted sums of them.
 
-Rows are the vectors of all subcomponents [C, d], and indices [M, k] name those active for a token.
+Rows are the vectors of all subcomponents [C, d]; indices [M, k] are the active subcomponents of each token.
 """
 
 import triton
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.config import RowTile
+from bilinear_ops.kernels.records import RowTile
 
-# Model: a gathered multiply-add reads 2 bytes of its own, so above 1 / 200 of the rows the dense product is faster.
+# An estimate without a receipt: a gathered multiply-add reads 2 bytes, so the dense product is faster above 1 / 200 of
+# the rows.
 GATHER_COST = 200
 
 
 @triton.jit
-def dots_kernel(
+def sparse_dots_kernel(
     x_ptr, stride_xm, stride_xd,
     rows_ptr, stride_rc,
     indices_ptr, out_ptr,
@@ -38,7 +39,7 @@ def dots_kernel(
 
 
 @triton.jit
-def sums_kernel(
+def sparse_sums_kernel(
     coefficients_ptr,
     rows_ptr, stride_rc,
     indices_ptr, out_ptr,
@@ -65,13 +66,13 @@ def sparse_dots(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     dots = x.new_empty(m, k)
 
     def run(tile: RowTile) -> None:
-        dots_kernel[(m, triton.cdiv(k, tile.rows))](
+        sparse_dots_kernel[(m, triton.cdiv(k, tile.rows))](
             x, *x.stride(), rows, d, indices, dots, k, d, BLOCK_K=tile.rows, BLOCK_D=tile.columns, **tile.launch()
         )
 
     if dots.numel():
-        tiles = config.everywhere("sparse_dots", config.architecture(x.device))
-        via.launch("sparse_dots", x, (tuning.bucket(m), k, d), tiles, run)
+        tiles = config.tiles("sparse_dots_kernel", config.architecture(x.device), x.dtype)
+        via.launch("sparse_dots_kernel", x, (tuning.bucket(m), k, d), tiles, run)
     return dots
 
 
@@ -84,11 +85,11 @@ def sparse_sums(coefficients: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
 
     def run(tile: RowTile) -> None:
         block = tile.rows * tile.columns
-        sums_kernel[(m, triton.cdiv(d, block))](
+        sparse_sums_kernel[(m, triton.cdiv(d, block))](
             coefficients, rows, d, indices, sums, k, d, BLOCK_D=block, **tile.launch()
         )
 
     if sums.numel():
-        tiles = config.everywhere("sparse_sums", config.architecture(rows.device))
-        via.launch("sparse_sums", rows, (tuning.bucket(m), k, d), tiles, run)
+        tiles = config.tiles("sparse_sums_kernel", config.architecture(rows.device), rows.dtype)
+        via.launch("sparse_sums_kernel", rows, (tuning.bucket(m), k, d), tiles, run)
     return sums

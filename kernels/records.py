@@ -1,0 +1,136 @@
+"""What is recorded of a kernel: its tiles, and the reason for each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+
+class _Launched:
+    """What a tile of any kind tells the compiler."""
+
+    warps: int
+    stages: int
+
+    def launch(self, fp_fusion: bool = True) -> dict[str, int]:
+        """Compiler options. `enable_fp_fusion` is always passed: Triton's default depends on its version."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": fp_fusion}
+
+
+@dataclass(frozen=True)
+class Tile(_Launched):
+    """A GEMM tile: `block_m` rows by `block_n` columns of the output, `block_k` of the contraction at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    blocks_per_sm: int = 1
+
+    def shared_memory(self, rows: int, itemsize: int) -> int:
+        """Bytes of the pipelined operands: `rows` rows of block_k elements in every stage."""
+        return self.stages * rows * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class PairTile(_Launched):
+    """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
+
+    block_i: int
+    block_j: int
+    block_k: int
+    block_h: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class RowTile(_Launched):
+    """A tile of a pass over memory: `rows` by an even number of `columns`."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+# What a launcher runs. LIBRARY is the library's GEMM with our epilogue, or the composite.
+Choice: TypeAlias = Tile | PairTile | RowTile | None
+LIBRARY = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A figure of the machine code: `figure` under `key` in bench/static/baseline.json."""
+
+    key: str
+    figure: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """The share of the main loop in which the tensor cores work: `tensor` under the key `receipt` of that file."""
+
+    receipt: str
+    tensor: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A time on a device: `receipt` is "FILE OP, CASE", a line of a file in bench/results."""
+
+    receipt: str
+
+
+# Of the tile, or of a larger tile that was rejected. Free text is for what no receipt shows yet.
+Reason: TypeAlias = Compiled | Modelled | Measured | str
+Row: TypeAlias = Mapping[Choice, Reason]  # in descending preference
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A size at which the choice changes."""
+
+    size: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A tile that `python -m bench.static` compiles only to show why no row holds it."""
+
+    arch: str
+    dtype: torch.dtype
+    tile: Tile | PairTile
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The tiles of one kernel. LIBRARY in a row leaves the case to the library.
+
+    Attributes:
+        tiles: a row per architecture; the row "any" serves all others.
+        interpreted: the tile in Triton's interpreter, where time is the number of programs.
+        pointers: replaces `tiles` on architectures with descriptors, for layouts that descriptors cannot take.
+        fp32: replaces both for fp32 operands, by architecture.
+        accurate: whether fp32 operands are ours when TF32 is off; else they are left to the library.
+        operands: the [block_n, block_k] operands of a pipeline stage, beside one [block_m, block_k]; None if every
+            tile is known to fit.
+        candidates: what tuning and `python -m bench --gpu` measure beside the row. Spills do not exclude a candidate:
+            it would lose.
+        rejected: the evidence of reasons.
+    """
+
+    tiles: Mapping[str, Row]
+    interpreted: Choice
+    pointers: Row = field(default_factory=dict)
+    fp32: Mapping[str, Row] = field(default_factory=dict)
+    accurate: bool = True
+    operands: int | None = None
+    candidates: tuple[Choice, ...] = ()
+    rejected: tuple[Rejected, ...] = ()

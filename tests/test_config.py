@@ -1,0 +1,110 @@
+"""Every reason in kernels/config.py resolves: keys exist, and figures are those of the compiled kernels."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels.interaction import matrices
+from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
+from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
+
+ROOT = Path(__file__).parents[1]
+BASELINE = json.loads((ROOT / "bench/static/baseline.json").read_text())["kernels"]
+RESULTS = ROOT / "bench/results"
+
+
+def rows(record):
+    return [*record.tiles.values(), record.pointers, *record.fp32.values()]
+
+
+def reasons():
+    """(place, reason) of every tile and threshold."""
+    for name, record in config.KERNELS.items():
+        for row in rows(record):
+            yield from ((f"{name} {tile}", reason) for tile, reason in row.items())
+    yield from ((name, t.reason) for name, t in vars(config).items() if isinstance(t, Threshold))
+
+
+def unresolved(reason):
+    """What is wrong with a reason, or nothing."""
+    match reason:
+        case Compiled(key, figure, value):
+            found = BASELINE.get(key, {}).get(figure)
+            return "" if found == value else f"{figure} of {key} is {found}, not {value}"
+        case Modelled(key, tensor):
+            found = BASELINE.get(key, {}).get("tensor")
+            return "" if found == tensor else f"tensor of {key} is {found}, not {tensor}"
+        case Measured(receipt):
+            name, _, workload = receipt.partition(" ")
+            lines = (RESULTS / name).read_text().splitlines() if (RESULTS / name).is_file() else ()
+            found = [r for r in map(json.loads, lines) if f"{r['op']}, {r['case']}" == workload]
+            return "" if found else f"no receipt {receipt}"
+        case str(text):
+            return "" if text else "an empty reason"
+
+
+def test_every_reason_resolves():
+    found = {place: unresolved(reason) for place, reason in reasons()}
+    assert not [f"{place}: {what}" for place, what in found.items() if what]
+
+
+def test_at_most_a_tenth_of_the_reasons_is_free_text():
+    found = [reason for _, reason in reasons()]
+    free = [reason for reason in found if isinstance(reason, str)]
+    assert 10 * len(free) <= len(found), free
+
+
+def test_what_does_not_resolve_is_named():
+    key, figures = next(iter(BASELINE.items()))
+    assert not unresolved(Compiled(key, "registers", figures["registers"]))
+    assert unresolved(Compiled(key, "registers", figures["registers"] + 1)).startswith(f"registers of {key} is")
+    assert "is None" in unresolved(Compiled(f"{key} ", "registers", figures["registers"]))
+    assert "is None" in unresolved(Compiled(key, "register", figures["registers"]))
+    assert "is 1.0, not 0.9" in unresolved(Modelled("sm_90 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", 0.9))
+    file = next(RESULTS.glob("*.jsonl"))
+    receipt = json.loads(file.read_text().splitlines()[0])
+    assert not unresolved(Measured(f"{file.name} {receipt['op']}, {receipt['case']}"))
+    for missing in (f"{file.name} {receipt['op']}, another", f"no.jsonl {receipt['op']}, {receipt['case']}"):
+        assert unresolved(Measured(missing)) == f"no receipt {missing}"
+    assert unresolved("")
+
+
+def test_a_reason_is_of_the_kernel_whose_tile_it_gives():
+    """Its key names the row's kernel and, where a row belongs to one architecture, that architecture."""
+    for name, record in config.KERNELS.items():
+        for arch, row in [*record.tiles.items(), *record.fp32.items()]:
+            for reason in row.values():
+                target, kernel, _ = (reason.key if isinstance(reason, Compiled) else reason.receipt).split(" ", 2)
+                assert kernel == name and (arch == "any" or target == arch)
+
+
+def test_every_rejected_tile_is_a_reason():
+    cited = " ".join(str(reason) for _, reason in reasons())
+    rejected = {key for key in BASELINE if key.endswith(": rejected]")}
+    assert rejected and not [key for key in rejected if key not in cited]
+    assert len(rejected) == sum(len(record.rejected) for record in config.KERNELS.values())
+
+
+def test_a_record_is_called_like_its_kernel():
+    modules = (gated, losses, masked, masks, matrices, sparse)
+    assert set(config.KERNELS) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {key.split()[1] for key in BASELINE} == set(config.KERNELS)
+    for launcher, kernels in config.LAUNCHERS.items():
+        assert hasattr(matrices, launcher) and set(kernels) <= set(config.KERNELS)
+
+
+def test_rows_hold_one_kind_of_tile():
+    for record in config.KERNELS.values():
+        kinds = {type(tile) for row in rows(record) for tile in row if tile is not LIBRARY}
+        assert kinds == {type(record.interpreted)} == {type(t) for t in record.candidates if t is not LIBRARY}
+
+
+@pytest.mark.parametrize("path", sorted(Path(config.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_one_file_names_architectures(path):
+    named = re.search(r"sm_\d|gfx\d|[\"']sm_", path.read_text())
+    assert bool(named) == (path.name == "config.py")
