@@ -55,13 +55,28 @@ def programs(tile: config.Tile, m: int, n: int, device: torch.device) -> int:
     return min(tiles, config.processors(device) * tile.blocks_per_sm)
 
 
-def launch(kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Any], T]) -> T:
+def launch(
+    kernel: str,
+    like: Tensor,
+    shape: tuple[int, ...],
+    tiles: tuple[Choice, ...],
+    run: Callable[[Any], T],
+    *,
+    library: bool = True,
+) -> T:
     """run(tile) on the device of `like`, with the first of the table's tiles that fits, or with what tuning prefers.
 
-    `kernel` and `shape` name the choice, and `run` may be called more than once: see `tuning.preferred`.
+    `kernel` and `shape` name the choice, and `run` may be called more than once: see `tuning.preferred`. RuntimeError
+    where the library is the only choice and `library` forbids it.
     """
     with on_device_of(like):
-        return first_that_fits(tuning.preferred(kernel, like, shape, tiles, run), run)
+        chosen = tuning.preferred(kernel, like, shape, tiles, run)
+        if not library:
+            chosen = tuple(tile for tile in chosen if tile is not config.LIBRARY)
+        if not chosen:
+            reason = f"the table of tiles leaves these sizes to library products: {kernel} at {shape}"
+            raise RuntimeError(f'impl="triton" cannot run: {reason}')
+        return first_that_fits(chosen, run)
 
 
 def first_that_fits(tiles: Sequence[Choice], run: Callable[[Any], T]) -> T:
