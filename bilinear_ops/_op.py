@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("bilinear_ops", "DEF")
+OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
 
 
@@ -22,9 +22,9 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    LIBRARY.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
+    OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    OPS.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=OPS)
     return getattr(torch.ops.bilinear_ops, name).default
 
 
@@ -157,7 +157,7 @@ def _connect(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    LIBRARY.impl(op._schema.name, autograd, "Autograd")
+    OPS.impl(op._schema.name, autograd, "Autograd")
 
 
 def differentiable_gradients(
@@ -186,7 +186,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def without_autocast(f: Callable[..., T]) -> Callable[..., T]:
-    """f in the precision of its arguments, whatever the caller's autocast: its sums cancel too much for a cast."""
+    """f with autocast off: its sums cancel too much for arguments that were cast."""
 
     @functools.wraps(f)
     def wrapped(*args: Any, **options: Any) -> T:

@@ -29,14 +29,14 @@ VARIABLES = (
 )
 # What impl="auto" leaves to PyTorch where the kernels run, and impl="triton" therefore refuses.
 BRANCHES = {
-    "interaction_matrices": (matrices.LEFT_TO_LIBRARY,),
-    "iter_interaction_matrices": (matrices.LEFT_TO_LIBRARY,),
-    "interaction_topk": (ranking.ONLY_DIAGONALS, ranking.SHARED_TILES, matrices.LEFT_TO_LIBRARY),
-    "interaction_moments": (matrices.LEFT_TO_LIBRARY,),
+    "interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
+    "iter_interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
+    "interaction_topk": (ranking.ONLY_DIAGONALS, ranking.SHARED_TILES, matrices.LEFT_TO_PYTORCH),
+    "interaction_moments": (matrices.LEFT_TO_PYTORCH,),
     "rank1_linear": (masked.NO_MASK,),
     "every op": (_impl.TRANSFORMS,),
 }
-PREFIX = "BILINEAR_OPS_"  # whatever else of our own is set is reported too: it may be misspelt
+PREFIX = "BILINEAR_OPS_"  # other variables with our prefix are reported too: a name may be misspelt
 
 
 def report() -> dict[str, Any]:

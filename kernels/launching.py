@@ -74,7 +74,7 @@ def launch(
         if not library:
             chosen = tuple(tile for tile in chosen if tile is not config.LIBRARY)
         if not chosen:
-            reason = f"the table of tiles leaves these sizes to library products: {kernel} at {shape}"
+            reason = f"the table of tiles leaves these sizes to PyTorch: {kernel} at {shape}"
             raise RuntimeError(f'impl="triton" cannot run: {reason}')
         return first_that_fits(chosen, run)
 

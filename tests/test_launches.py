@@ -121,18 +121,18 @@ BRANCHES = {
     ),
 }
 
-TO_LIBRARY = "leaves these sizes to library products"
+TO_PYTORCH = "leaves these sizes to PyTorch"
 SHARED_TILES = "more than 48 outputs without a basis"
 
 # Branches without a kernel: how to build the call, and what the error says.
 REFUSED = {
-    "interaction_matrices, left to the library": (
+    "interaction_matrices, left to PyTorch": (
         partial(matrices, 512, d=2, h=8192),
-        TO_LIBRARY,
+        TO_PYTORCH,
     ),
-    "interaction_moments, left to the library": (
+    "interaction_moments, left to PyTorch": (
         partial(moments, 512, d=2, h=8192),
-        TO_LIBRARY,
+        TO_PYTORCH,
     ),
     "interaction_topk, K = 64": (partial(topk, 64), SHARED_TILES),
     "interaction_topk, K = 64, low rank": (partial(topk, 64, directions=2), SHARED_TILES),
@@ -184,7 +184,7 @@ def test_branches_without_a_kernel_raise(branch, architecture):
     assert not launched
 
 
-@pytest.mark.parametrize("branch", [name for name in REFUSED if "library" not in name])
+@pytest.mark.parametrize("branch", [name for name in REFUSED if "left to" not in name])
 def test_branches_without_a_kernel_run_pytorch_unless_asked(branch, monkeypatch):
     """Called with what the wrapper passes on for "auto" on a GPU."""
     monkeypatch.setattr(_impl, "resolve", lambda impl, t: impl)
@@ -201,7 +201,7 @@ def test_auto_may_choose_the_library():
         with counted() as launched:
             torch.testing.assert_close(op(w, v, c, None, False, "auto"), op(w, v, c, None, False, "torch"))
         assert not launched
-        with pytest.raises(RuntimeError, match=TO_LIBRARY):
+        with pytest.raises(RuntimeError, match=TO_PYTORCH):
             op(w, v, c, None, False, "triton")
 
 

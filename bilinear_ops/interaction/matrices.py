@@ -12,7 +12,7 @@ from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.results import LAYOUTS, Directions
 
 # A branch without a kernel: what a launcher says of it begins so.
-LEFT_TO_LIBRARY = "the table of tiles leaves these sizes to library products"
+LEFT_TO_PYTORCH = "the table of tiles leaves these sizes to PyTorch"
 
 
 @_op.without_autocast
@@ -133,7 +133,7 @@ def launchers():
 
 
 def forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
-    """The matrices by `impl`, where "triton" forbids the library that the table of tiles may prefer."""
+    """The matrices by `impl`, where the table of tiles may choose PyTorch for "auto" but not for "triton"."""
     if impl == "torch":
         return composite.interaction_matrices(w, v, c, u, packed)
     return launchers().interaction_matrices(w, v, c, u, packed, library=impl == "auto")
@@ -147,7 +147,7 @@ def _forward_fake(w, v, c, u, packed, impl):
 def _backward(
     dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, need: list[bool], impl: str
 ) -> tuple[Tensor | None, ...]:
-    """(dw, dv, dc, du): library products on every device."""
+    """(dw, dv, dc, du), by the composite on every device: there is no kernel."""
     return composite.interaction_matrices_backward(dq, w, v, c, u, need)
 
 

@@ -15,7 +15,7 @@ from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
 
 # A branch without a kernel.
-NO_MASK = "rank1_linear without mask, delta and routing is two library products, which leave a kernel nothing to do"
+NO_MASK = "rank1_linear without mask, delta and routing is two library GEMMs and has no kernel"
 
 
 def rank1_linear(
@@ -88,7 +88,7 @@ def stochastic_rank1_linear(
 ) -> Tensor:
     """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
 
-    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs, whatever the number of samples.
+    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples.
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
 
     Args:
@@ -252,7 +252,7 @@ def _forward(
     y = x.new_empty(masks.samples, x.shape[0], write.shape[1])
     if delta is not None and weight is not None:
         torch.mul(delta[..., None], x @ weight.t(), out=y)  # one product with the original weight for all samples
-        if routing is not None:  # 0 * inf: an overflow of the original weight is not theirs who do not use it
+        if routing is not None:  # 0 * inf: tokens that do not use the original weight must not see its overflow
             y.masked_fill_(((delta == 0) & routing)[..., None], 0.0)
         if bias is not None:
             y += bias

@@ -173,7 +173,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
 def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tuple[int, int, int, int, Tensor]]:
     """(first and last direction, first row and column, their entries [k, i, j]) tile by tile of `pair_tiles`.
 
-    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit. The entries are
+    Ignore the entries below the diagonal: they need not be bitwise equal to those above. The entries are
     overwritten by the next: memory taken and given back for each tile would scatter over an allocator's heap.
     """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
