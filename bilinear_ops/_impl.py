@@ -9,26 +9,34 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Why a branch that every op has runs PyTorch.
+TRANSFORMS = "torch.func transforms and forward-mode AD differentiate the reference"
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(impl: str, t: Tensor) -> str:
-    """The implementation, "triton" or "torch", that `impl` stands for on `t`.
+    """What a registered op is called with: "torch", "triton" or "auto".
 
-    "auto" is Triton on CUDA and HIP tensors where it can run, else the composite; an explicit "triton" runs or raises.
+    "triton" stands for at least one kernel or an error, raised here where no kernel can run on `t` at all and by the op
+    where a branch has none. "auto" stands for kernels where they are the better choice and is returned only where they
+    can run: on CUDA and HIP tensors.
     """
     if impl == "torch":
         return impl
     if impl not in ("auto", "triton"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
-    if impl == "auto" and t.device.type != "cuda":
-        return "torch"
-    reason = why_not_triton(t)
-    if reason is None:
-        return "triton"
-    if impl == "triton":
+    if impl == "auto":
+        return "torch" if t.device.type != "cuda" or why_not_triton(t) else "auto"
+    refuse(impl, why_not_triton(t) or (TRANSFORMS if needs_reference() else None))
+    return impl
+
+
+def refuse(impl: str, reason: str | None) -> bool:
+    """Whether there is a reason to run PyTorch in place of kernels; RuntimeError where they were asked for."""
+    if reason is not None and impl == "triton":
         raise RuntimeError(f'impl="triton" cannot run: {reason}')
-    return "torch"
+    return reason is not None
 
 
 def why_not_triton(t: Tensor) -> str | None:

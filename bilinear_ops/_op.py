@@ -3,57 +3,161 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("bilinear_ops", "DEF")
+OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an opaque op with one implementation for all devices and its fake; returns the callable overload.
 
     `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    LIBRARY.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=LIBRARY)
+    OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    OPS.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=OPS)
     return getattr(torch.ops.bilinear_ops, name).default
 
 
+class Signature(NamedTuple):
+    """How the arguments of a differentiable op are divided: differentiable tensors, other tensors, options."""
+
+    names: tuple[str, ...]
+    inputs: int  # differentiable tensors
+    tensors: int  # these and the other tensors
+    options: tuple[int, ...]  # which of the arguments after the tensors the backward takes before `need`
+    impl: int  # 1 where the last argument is `impl`
+    kept: int  # 1 where the second output is kept for the backward
+
+
+def differentiable(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor | None]],
+    formula: Callable[..., Tensor],
+    *,
+    backward_fake: Callable[..., Sequence[Tensor]] | None = None,
+    backward_outputs: int | None = None,
+    unpack: Callable[..., Sequence[Tensor | None]] | None = None,
+) -> tuple[Any, Any]:
+    """Define an op and its backward op, `name_backward`, and connect them; returns both callable overloads.
+
+    Args:
+        schema: differentiable tensors, other tensors, options, `bool save` and `str impl` if there, in this order. One
+            output, or two: the second is kept for the backward, has no gradient, and is empty unless `save`.
+        forward, fake: of the op.
+        backward: called as (dy, what was kept if anything is, *tensors, *options, need, impl if there); returns one
+            gradient for each differentiable tensor, in its dtype, contiguous, or None unless needed.
+        formula: the result from the differentiable tensors, positional, with the other arguments by keyword: gives the
+            gradients that can be differentiated again. Its positional parameters say which tensors are differentiable.
+        backward_fake: of the backward op where its outputs are not contiguous tensors of the inputs' shapes.
+        backward_outputs, unpack: the number of the backward op's outputs where they are not one gradient for each
+            differentiable tensor, and the function of (*outputs, need) that returns these.
+    """
+    op = register(schema, forward, fake)
+    of = _signature(op._schema, formula)
+    outputs = backward_outputs or of.inputs
+    backward_op = register(
+        _backward_schema(op._schema, of, outputs),
+        lambda dy, *args: tuple(or_empty(t, dy) for t in backward(dy, *args)),
+        backward_fake or partial(_gradients_fake, of),
+    )
+    _connect(op, backward_op, of, formula, unpack)
+    return op, backward_op
+
+
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """What an op returns where nobody needs a result: a tensor always, no two of them the same."""
+    """t, or a fresh empty tensor if the result is not needed: the outputs of an op must be distinct tensors."""
     return like.new_empty(0) if t is None else t
 
 
-def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an op its derivative; `backward` and `setup_context` as in `torch.library.register_autograd`.
+def _signature(schema: Any, formula: Callable[..., Any]) -> Signature:
+    arguments = schema.arguments
+    names = tuple(argument.name for argument in arguments)
+    parameters = inspect.signature(formula).parameters.values()
+    inputs = sum(parameter.kind is not parameter.KEYWORD_ONLY for parameter in parameters)
+    tensors = sum("Tensor" in str(argument.type) for argument in arguments)
+    options = tuple(i for i, name in enumerate(names[tensors:]) if name not in ("save", "impl"))
+    return Signature(names, inputs, tensors, options, int(names[-1] == "impl"), len(schema.returns) - 1)
 
-    That function walks the schema on every call, which costs a small layer more than its arithmetic. `backward` runs
-    with autocast off, as the op did.
+
+def _backward_schema(schema: Any, of: Signature, outputs: int) -> str:
+    declared = str(schema).partition("(")[2].rpartition(") ->")[0].split(", ")
+    kept, impl = ["Tensor kept"] * of.kept, ["str impl"] * of.impl
+    options = [declared[of.tensors + i] for i in of.options]
+    arguments = ["Tensor dy", *kept, *declared[: of.tensors], *options, "bool[] need", *impl]
+    name = schema.name.partition("::")[2]
+    return f"{name}_backward({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})"
+
+
+def _gradients_fake(of: Signature, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, need = args[of.kept : of.kept + of.inputs], args[-1 - of.impl]
+    return tuple(t.new_empty(t.shape) if n else dy.new_empty(0) for t, n in zip(tensors, need, strict=True))
+
+
+def _connect(
+    op: Any,
+    backward_op: Callable[..., Any],
+    of: Signature,
+    formula: Callable[..., Tensor],
+    unpack: Callable[..., Sequence[Tensor | None]] | None,
+) -> None:
+    """Give `op` its derivative, as an autograd function that a profiler shows under the op's name.
+
+    `torch.library.register_autograd` would walk the schema at every call, which costs a small layer more than its
+    arithmetic.
     """
+    no_gradients = (None,) * (len(of.names) - of.inputs)
+    option_names = [of.names[of.tensors + i] for i in of.options]
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op(*args)
-            setup_context(ctx, args, out)
-            return out
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = op(*args)
+        ctx.set_materialize_grads(False)  # else the backward is handed zeros for the kept output, written out
+        kept = out[1:] if of.kept else ()
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*args[: of.tensors], *kept)
+        ctx.options = args[of.tensors :]
+        return out
 
-    Formula.backward = staticmethod(without_autocast(backward))  # type: ignore[method-assign]
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # the result was not used
+            return (None,) * len(of.names)
+        saved = ctx.saved_tensors
+        tensors, kept = saved[: of.tensors], saved[of.tensors :]
+        options = [ctx.options[i] for i in of.options]
+        need = list(ctx.needs_input_grad[: of.inputs])
+        if torch.is_grad_enabled():  # create_graph=True: what was kept carries no graph, so start again
+            others = zip(of.names[of.inputs : of.tensors], tensors[of.inputs :], strict=True)
+            f = partial(formula, **dict(others), **dict(zip(option_names, options, strict=True)))
+            return *differentiable_gradients(f, tensors[: of.inputs], need, dy), *no_gradients
+        impl = ctx.options[-1:] if of.impl else ()
+        found = backward_op(dy, *kept, *tensors, *options, need, *impl)
+        if unpack is not None:
+            found = unpack(*found, need)
+        return *(g if needed else None for g, needed in zip(found, need, strict=True)), *no_gradients
+
+    name = "".join(part.capitalize() for part in op._schema.name.partition("::")[2].split("_"))
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(without_autocast(backward))}
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return Formula.apply(*args)
+            return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    LIBRARY.impl(op._schema.name, autograd, "Autograd")
+    OPS.impl(op._schema.name, autograd, "Autograd")
 
 
 def differentiable_gradients(
@@ -82,7 +186,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def without_autocast(f: Callable[..., T]) -> Callable[..., T]:
-    """f in the precision of its arguments, whatever the caller's autocast: its sums cancel too much for a cast."""
+    """f with autocast off: its sums cancel too much for arguments that were cast."""
 
     @functools.wraps(f)
     def wrapped(*args: Any, **options: Any) -> T:

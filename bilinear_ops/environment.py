@@ -14,6 +14,8 @@ import torch
 
 import bilinear_ops
 from bilinear_ops import _impl, tuning
+from bilinear_ops.interaction import matrices, ranking
+from bilinear_ops.rank1 import masked
 
 VARIABLES = (
     "BILINEAR_OPS_CACHE_DIR",
@@ -25,13 +27,23 @@ VARIABLES = (
     "TRITON_DEFAULT_FP_FUSION",
     "TRITON_INTERPRET",
 )
-PREFIX = "BILINEAR_OPS_"  # whatever else of our own is set is reported too: it may be misspelt
+# What impl="auto" leaves to PyTorch where the kernels run, and impl="triton" therefore refuses.
+BRANCHES = {
+    "interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
+    "iter_interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
+    "interaction_topk": (ranking.ONLY_DIAGONALS, ranking.SHARED_TILES, matrices.LEFT_TO_PYTORCH),
+    "interaction_moments": (matrices.LEFT_TO_PYTORCH,),
+    "rank1_linear": (masked.NO_MASK,),
+    "every op": (_impl.TRANSFORMS,),
+}
+PREFIX = "BILINEAR_OPS_"  # other variables with our prefix are reported too: a name may be misspelt
 
 
 def report() -> dict[str, Any]:
     """Versions, devices, the implementation of each op on each device, environment variables, caches.
 
-    Only types that JSON has; a package or variable that is absent is None.
+    "branches" names what each op leaves to PyTorch even where the kernels run. Only types that JSON has; a package or
+    variable that is absent is None.
     """
     ours = sorted(name for name in os.environ if name.startswith(PREFIX))
     return {
@@ -44,6 +56,7 @@ def report() -> dict[str, Any]:
         "implementations": {
             name: {device: _choice_of(op, device) for device in devices()} for name, op in public_ops().items()
         },
+        "branches": {op: list(reasons) for op, reasons in BRANCHES.items()},
         "environment": {name: os.environ.get(name) for name in (*VARIABLES, *ours)},
         "caches": {"triton": str(_triton_cache()), "tiles": tuning.cache_folder()},
     }
@@ -70,7 +83,7 @@ def devices() -> dict[str, str]:
 def choice(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The implementation that impl="auto" takes there, "triton" or "torch", and why."""
     t = torch.empty(0, device=device, dtype=dtype)
-    if _impl.resolve("auto", t) == "triton":
+    if _impl.resolve("auto", t) != "torch":
         return "triton", "the kernels run on this device"
     return "torch", _impl.why_not_triton(t) or 'impl="triton" would interpret the kernels, slowly'
 
@@ -87,6 +100,9 @@ def text(found: dict[str, Any]) -> str:
         "devices": [[k, v] for k, v in found["devices"].items()],
         'ops: what impl="auto" runs on float32, bfloat16 and float16 (float64 is always torch)': rows,
         "because": [[f"[{n}]", why] for why, n in reasons.items()],
+        'branches that impl="auto" leaves to PyTorch everywhere, and impl="triton" refuses': [
+            [op, why] for op, branches in found["branches"].items() for why in branches
+        ],
         "environment": [[k, "not set" if v is None else v] for k, v in found["environment"].items()],
         "caches": [[k, v or "not used"] for k, v in found["caches"].items()],
     }
@@ -98,8 +114,13 @@ def _columns(rows: list[list[str]]) -> list[str]:
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
+def has_impl(op: Callable[..., Any]) -> bool:
+    """Whether an op claims kernels: whether it takes `impl`."""
+    return "impl" in inspect.signature(op).parameters
+
+
 def _choice_of(op: Callable[..., Any], device: str) -> dict[str, str]:
-    if "impl" not in inspect.signature(op).parameters:
+    if not has_impl(op):
         return {"impl": "torch", "why": "the op has no kernel of its own"}
     impl, why = choice(device)
     return {"impl": impl, "why": why}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -112,7 +109,7 @@ def _gated(
     small = impl == "auto" and not recompute and _is_small(x, w)
     impl = _impl.resolve(impl, x)
     if small or _impl.needs_reference():
-        return _reference(x, w, v, p, b_w, b_v, b_p, beta, activation)
+        return _reference(x, w, v, p, b_w, b_v, b_p, beta, activation=activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
@@ -157,14 +154,10 @@ def _beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | N
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels import gated
 
     return gated
-
-
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
 
 
 def _forward(
@@ -180,7 +173,8 @@ def _forward(
     save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    hid, az = _backend(impl).gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    path = composite if impl == "torch" else launchers()
+    hid, az = path.gate_forward(x, w, v, b_w, b_v, beta, activation, save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
     return y, _op.or_empty(az, x)
 
@@ -192,29 +186,33 @@ def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
 
 def _backward(
     dy: Tensor,
+    az: Tensor,
     x: Tensor,
     w: Tensor,
     v: Tensor,
     p: Tensor | None,
     b_w: Tensor | None,
     b_v: Tensor | None,
+    b_p: Tensor | None,
     beta: Tensor | None,
-    az: Tensor,
     activation: str,
     need: list[bool],
     impl: str,
-) -> tuple[Tensor, ...]:
-    """(dx, [dw; dv], dp, [db_w | db_v], db_p, dbeta), each empty unless needed; `need` is in the forward's order."""
+) -> tuple[Tensor | None, ...]:
+    """(dx, [dw, dv], dp, [db_w, db_v], db_p, dbeta), each None unless needed; `need` is in the order of the tensors.
+
+    dw and dv are one product and so one tensor [2, h, d], of which an unneeded half is left out; likewise [2, h].
+    """
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
-    backend = _backend(impl)
-    h = w.shape[0]
+    path = composite if impl == "torch" else launchers()
+    h, d = w.shape
     dx = x.new_empty(x.shape) if need_x else None
     dwv = dp = db = dbeta = None
-    for rows in backend.row_blocks(x, h):
+    for rows in path.row_blocks(x, h):
         b_x, b_dy = x[rows], dy[rows]
         b_az = az[rows] if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
         if need_x or need_w or need_v or need_bw or need_bv or need_beta:
-            dadz, hid, b_dbeta = backend.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
+            dadz, hid, b_dbeta = path.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
             if hid is not None:
                 dp = _plus_product(dp, b_dy, hid)
                 hid = None  # before the other gradients are allocated
@@ -227,11 +225,17 @@ def _backward(
             if b_dbeta is not None:
                 dbeta = _plus(dbeta, b_dbeta)
         elif need_p:
-            dp = _plus_product(dp, b_dy, backend.gate(b_az, beta, activation))
+            dp = _plus_product(dp, b_dy, path.gate(b_az, beta, activation))
     if dbeta is not None and beta is not None:
         dbeta = dbeta.to(beta.dtype)
-    db_p = dy.sum(0) if need_bp else None
-    return tuple(_op.or_empty(t, x) for t in (dx, dwv, dp, db, db_p, dbeta))
+    return (
+        dx,
+        None if dwv is None else dwv.view(need_w + need_v, h, d),
+        dp,
+        None if db is None else db.view(need_bw + need_bv, h),
+        dy.sum(0) if need_bp else None,
+        dbeta,
+    )
 
 
 def _plus(total: Tensor | None, t: Tensor) -> Tensor:
@@ -249,56 +253,30 @@ def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
     return pair[:, 0 if first else h : 2 * h if second else h]
 
 
-def _backward_fake(dy, x, w, v, p, b_w, b_v, beta, az, activation, need, impl):
+def _backward_fake(dy, az, x, w, v, p, b_w, b_v, b_p, beta, activation, need, impl):
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     h, d = w.shape
     return (
         x.new_empty(x.shape if need_x else 0),
-        x.new_empty(((need_w + need_v) * h, d) if need_w or need_v else 0),
+        x.new_empty((need_w + need_v, h, d) if need_w or need_v else 0),
         x.new_empty(p.shape if need_p else 0),
-        x.new_empty((need_bw + need_bv) * h),
+        x.new_empty((need_bw + need_bv, h) if need_bw or need_bv else 0),
         x.new_empty(dy.shape[1] if need_bp else 0),
         x.new_empty((), dtype=beta.dtype) if need_beta else x.new_empty(0),
     )
 
 
-gated_op = _op.register(
-    "gated(Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
-    "str activation, bool save, str impl) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-gated_backward_op = _op.register(
-    "gated_backward(Tensor dy, Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? beta, "
-    "Tensor az, str activation, bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+def _unpack(
+    dx: Tensor, dwv: Tensor, dp: Tensor, db: Tensor, db_p: Tensor, dbeta: Tensor, need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each tensor; what is not needed is ignored."""
+    dw, dv = _halves(dwv, need[1], need[2])
+    db_w, db_v = _halves(db, need[4], need[5])
+    return dx, dw, dv, dp, db_w, db_v, db_p, dbeta
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w, v, p, b_w, b_v, b_p, beta, ctx.activation, _, ctx.impl = inputs
-    az = output[1]
-    ctx.mark_non_differentiable(az)
-    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of az: [M, 2h] zeros, written out
-    ctx.save_for_backward(x, w, v, p, b_w, b_v, b_p, beta, az)
-
-
-def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:  # y was not used
-        return (None,) * 11
-    x, w, v, p, b_w, b_v, b_p, beta, az = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:8])
-    if torch.is_grad_enabled():  # create_graph=True: the pre-activations carry no graph, so start again from x
-        tensors = (x, w, v, p, b_w, b_v, b_p, beta)
-        found = _op.differentiable_gradients(partial(_reference, activation=ctx.activation), tensors, need, dy)
-    else:
-        dx, dwv, dp, db, db_p, dbeta = gated_backward_op(
-            dy, x, w, v, p, b_w, b_v, beta, az, ctx.activation, need, ctx.impl
-        )
-        h = w.shape[0]
-        found = [dx, dwv[:h], dwv[dwv.shape[0] - h :], dp, db[:h], db[db.shape[0] - h :], db_p, dbeta]
-    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
+def _halves(pair: Tensor, first: bool, second: bool) -> tuple[Tensor | None, Tensor | None]:
+    return pair[0] if first else None, pair[-1] if second else None
 
 
 def _reference(
@@ -310,13 +288,24 @@ def _reference(
     b_v: Tensor | None,
     b_p: Tensor | None,
     beta: float | Tensor | None,
+    *,
     activation: str,
 ) -> Tensor:
-    """What the op computes: differentiable to any order and under every transform."""
+    """The result of the op by the reference: differentiable to any order and under every transform."""
     beta = 1.0 if beta is None else beta
     if p is None:
         return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
     return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
 
 
-_op.register_autograd(gated_op, _autograd, _setup_context)
+gated_op, gated_backward_op = _op.differentiable(
+    "gated(Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
+    "str activation, bool save, str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _reference,
+    backward_fake=_backward_fake,
+    backward_outputs=6,
+    unpack=_unpack,
+)

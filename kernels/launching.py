@@ -55,14 +55,29 @@ def programs(tile: Tile, m: int, n: int, device: torch.device) -> int:
     return min(tiles, config.processors(device) * tile.blocks_per_sm)
 
 
-def launch(choice: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Any], T]) -> T:
+def launch(
+    choice: str,
+    like: Tensor,
+    shape: tuple[int, ...],
+    tiles: tuple[Choice, ...],
+    run: Callable[[Any], T],
+    *,
+    library: bool = True,
+) -> T:
     """Return run(tile) on the device of `like`, with the tuned tile if there is one, else the first tile that fits.
 
     `choice` is the name of a kernel, or of a launcher that chooses between kernels. `choice` and `shape` are the key of
-    the tuned tile. `run` may be called more than once: see `tuning.preferred`.
+    the tuned tile. `run` may be called more than once: see `tuning.preferred`. Raises RuntimeError if only the library
+    is left and `library` forbids it.
     """
     with on_device_of(like):
-        return first_that_fits(tuning.preferred(choice, like, shape, tiles, run), run)
+        chosen = tuning.preferred(choice, like, shape, tiles, run)
+        if not library:
+            chosen = tuple(tile for tile in chosen if tile is not config.LIBRARY)
+        if not chosen:
+            reason = f"the table of tiles leaves these sizes to PyTorch: {choice} at {shape}"
+            raise RuntimeError(f'impl="triton" cannot run: {reason}')
+        return first_that_fits(chosen, run)
 
 
 def first_that_fits(tiles: Sequence[Choice], run: Callable[[Any], T]) -> T:

@@ -30,7 +30,7 @@ def test_report_as_json(monkeypatch, capsys):
     monkeypatch.setenv("BILINEAR_OPS_ANYTHING", "7")
     assert cli.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["versions", "devices", "implementations", "environment", "caches"]
+    assert list(found) == ["versions", "devices", "implementations", "branches", "environment", "caches"]
     assert list(found["versions"]) == ["bilinear_ops", "python", "torch", "triton", "numpy"]
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "cpu" in found["devices"]

@@ -71,8 +71,7 @@ def test_opcheck(save, down, impl):
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 @pytest.mark.parametrize("need", ([True] * 8, [True, False] * 4, [False, True] * 4), ids=str)
 def test_opcheck_backward(need, impl):
-    x, w, v, p, b_w, b_v, _ = (t.detach() for t in inputs())
-    args = (randn(5, 2), x, w, v, p, b_w, b_v, torch.tensor(0.7), randn(5, 8), "swish", need, impl)
+    args = (randn(5, 2), randn(5, 8), *(t.detach() for t in inputs()), torch.tensor(0.7), "swish", need, impl)
     torch.library.opcheck(bo.gated.gated_backward_op, args)
 
 

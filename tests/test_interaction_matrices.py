@@ -267,7 +267,7 @@ def test_contract():
     torch.library.opcheck(torch.ops.bilinear_ops.interaction.default, (w, v, c, u, False, "torch"))
     dq = randn(4, 3, 3, dtype=torch.float64)
     for need in ([True, False, True, False], [False, True, False, True]):
-        args = (dq, w.detach(), v.detach(), c.detach(), u.detach(), need, "torch")
+        args = (dq, w.detach(), v.detach(), c.detach(), u.detach(), False, need, "torch")
         torch.library.opcheck(torch.ops.bilinear_ops.interaction_backward.default, args)
 
 

@@ -71,16 +71,20 @@ def test_opcheck(sampling, save, impl):
     source = torch.rand(2, 5, 4).requires_grad_() if sampling == "source" else None
     seed = torch.tensor(3) if sampling == "continuous" else None
     tail = (ROUTING, seed, 0, 2, sampling)
-    args = (x, read, write, None, gates, source, delta, weight, bias, *tail, save, impl)
+    args = (x, read, write, None, weight, bias, gates, source, delta, *tail, save, impl)
     torch.library.opcheck(bo.rank1.masked.rank1_op, args)
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 @pytest.mark.parametrize("need", ([True] * 9, [True, False] * 4 + [True], [False, True] * 4 + [False]), ids=str)
 def test_opcheck_backward(need, impl):
-    x, read, write, gates, _, weight, delta = (t.detach() for t in inputs())
-    tensors = (randn(2, 5, 2), x, read, write, randn(5, 4), gates, torch.rand(1, 1, 4), delta, weight, ROUTING, None)
-    torch.library.opcheck(bo.rank1.masked.rank1_backward_op, (*tensors, 0, 2, "source", False, need, impl))
+    x, read, write, gates, bias, weight, delta = (t.detach() for t in inputs())
+    source = torch.rand(1, 1, 4)
+    for kept, acts in ((randn(5, 4), None), (randn(0), randn(5, 4))):
+        given = acts is not None  # the result then does not depend on read
+        wanted = [need[0], need[1] and not given, need[2], need[3] and given, *need[4:]]
+        tensors = (randn(2, 5, 2), kept, x, read, write, acts, weight, bias, gates, source, delta, ROUTING, None)
+        torch.library.opcheck(bo.rank1.masked.rank1_backward_op, (*tensors, 0, 2, "source", wanted, impl))
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))

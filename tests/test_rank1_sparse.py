@@ -101,10 +101,9 @@ def test_needed_gradients_only(wanted, impl):
 def test_opcheck(impl):
     *tensors, indices = inputs(5, 2, 6, 4, 3)
     x, read, write, gates, bias = (t.requires_grad_() for t in tensors)
-    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, indices, gates, bias, impl))
-    x, read, write, gates = (t.detach() for t in (x, read, write, gates))
+    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, gates, bias, indices, impl))
     for need in ([True] * 5, [False, True, False, True, False]):
-        args = (randn(5, 3), x, read, write, indices, gates, randn(5, 2), need, impl)
+        args = (randn(5, 3), randn(5, 2), *(t.detach() for t in tensors), indices, need, impl)
         torch.library.opcheck(bo.rank1.sparse.sparse_backward_op, args)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
@@ -15,7 +12,7 @@ from bilinear_ops.results import REDUCTIONS
 
 @_op.without_autocast
 def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
-    """x^T Q_k x for every matrix: what direction k of a bilinear layer answers to x ([P] eq. 2).
+    """x^T Q_k x for every matrix: the response of direction k of a bilinear layer to x ([P] eq. 2).
 
     Args:
         x: `[..., d]`.
@@ -88,40 +85,14 @@ def _pairs_fake(x, values, vectors, t, k, reduce):
     return x.new_empty(k.shape[0], *([] if reduce == "sum" else [values.shape[1]]))
 
 
-def _pairs_backward_fake(dout, x, values, vectors, t, k, reduce, need):
-    return tuple(a.new_empty(a.shape if needed else 0) for a, needed in zip((x, values, vectors), need, strict=True))
+def _pairs_formula(x: Tensor, values: Tensor, vectors: Tensor, *, t: Tensor, k: Tensor, reduce: str) -> Tensor:
+    return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=reduce)
 
 
-eigen_pairs_op = _op.register(
+eigen_pairs_op, eigen_pairs_backward_op = _op.differentiable(
     "eigen_pairs(Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce) -> Tensor",
     composite.eigen_pairs,
     _pairs_fake,
-)
-eigen_pairs_backward_op = _op.register(
-    "eigen_pairs_backward(Tensor dout, Tensor x, Tensor values, Tensor vectors, Tensor t, Tensor k, str reduce, "
-    "bool[] need) -> (Tensor, Tensor, Tensor)",
     composite.eigen_pairs_backward,
-    _pairs_backward_fake,
+    _pairs_formula,
 )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.reduce = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, vectors, t, k = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():
-
-        def form(x: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-            return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=ctx.reduce)
-
-        found = _op.differentiable_gradients(form, (x, values, vectors), need, dout)
-    else:
-        found = eigen_pairs_backward_op(dout, x, values, vectors, t, k, ctx.reduce, need)
-    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None, None
-
-
-_op.register_autograd(eigen_pairs_op, _autograd, _setup_context)

@@ -18,7 +18,7 @@ def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | Non
         w2, v2: `[h2, d]` those of another layer; the same one where both are None.
 
     Returns:
-        `[h, h2]`; of one layer with itself equal to its transpose to the bit.
+        `[h, h2]`; of one layer with itself bitwise equal to its transpose.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.

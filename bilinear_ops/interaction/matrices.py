@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_layer
 from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.results import LAYOUTS, Directions
+
+# A branch without a kernel: what a launcher says of it begins so.
+LEFT_TO_PYTORCH = "the table of tiles leaves these sizes to PyTorch"
 
 
 @_op.without_autocast
@@ -29,7 +30,7 @@ def interaction_matrices(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        `[K, d, d]`, equal to its transpose to the bit, or `[K, d(d+1)/2]`; half precision is summed in float32.
+        `[K, d, d]`, bitwise equal to its transpose, or `[K, d(d+1)/2]`; half precision is summed in float32.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
@@ -81,8 +82,8 @@ def _chunks(
 
 
 def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, impl: str) -> int:
-    """The most directions that two chunks and the workspace of one leave within the budget."""
-    d, workspace = w.shape[1], _backend(impl).workspace
+    """The most directions whose workspace and two chunks of matrices fit the budget."""
+    d, workspace = w.shape[1], (composite if impl == "torch" else launchers()).workspace
 
     def needed(outputs: int) -> int:
         result = outputs * (d * (d + 1) // 2 if packed else d * d) * w.itemsize
@@ -125,18 +126,17 @@ def factors(c: Tensor | Directions) -> tuple[Tensor, Tensor | None]:
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels.interaction import matrices
 
     return matrices
 
 
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
-
-
-def _forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
-    return _backend(impl).interaction_matrices(w, v, c, u, packed)
+def forward(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, impl: str) -> Tensor:
+    """The matrices by `impl`, where the table of tiles may choose PyTorch for "auto" but not for "triton"."""
+    if impl == "torch":
+        return composite.interaction_matrices(w, v, c, u, packed)
+    return launchers().interaction_matrices(w, v, c, u, packed, library=impl == "auto")
 
 
 def _forward_fake(w, v, c, u, packed, impl):
@@ -145,46 +145,22 @@ def _forward_fake(w, v, c, u, packed, impl):
 
 
 def _backward(
-    dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool], impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dw, dv, dc, du), each empty unless needed."""
-    return _backend(impl).interaction_matrices_backward(dq, w, v, c, u, need)
+    dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, need: list[bool], impl: str
+) -> tuple[Tensor | None, ...]:
+    """(dw, dv, dc, du), by the composite on every device: there is no kernel."""
+    return composite.interaction_matrices_backward(dq, w, v, c, u, need)
 
 
-def _backward_fake(dq, w, v, c, u, need, impl):
-    shapes = [t.shape if needed else (0,) for t, needed in zip((w, v, c, u), need, strict=True)]
-    return tuple(w.new_empty(shape) for shape in shapes)
+def _formula(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, *, packed: bool) -> Tensor:
+    return reference.interaction_matrices(
+        w, v, c if u is None else Directions(u, c), layout="packed" if packed else "full"
+    )
 
 
-interaction_op = _op.register(
-    "interaction(Tensor w, Tensor v, Tensor c, Tensor? u, bool packed, str impl) -> Tensor", _forward, _forward_fake
-)
-interaction_backward_op = _op.register(
-    "interaction_backward(Tensor dq, Tensor w, Tensor v, Tensor c, Tensor? u, bool[] need, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+interaction_op, interaction_backward_op = _op.differentiable(
+    "interaction(Tensor w, Tensor v, Tensor c, Tensor? u, bool packed, str impl) -> Tensor",
+    forward,
+    _forward_fake,
     _backward,
-    _backward_fake,
+    _formula,
 )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.packed, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx: Any, dq: Tensor) -> tuple[Tensor | None, ...]:
-    w, v, c, u = tensors = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:4])
-    if torch.is_grad_enabled():
-
-        def matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Tensor:
-            c_or_factors = c if u is None else Directions(u, c)
-            return reference.interaction_matrices(w, v, c_or_factors, layout="packed" if ctx.packed else "full")
-
-        found = _op.differentiable_gradients(matrices, tensors, need, dq)
-    else:
-        found = interaction_backward_op(dq, w, v, c, u, need, ctx.impl)
-    return *(g if needed else None for g, needed in zip(found, need, strict=True)), None, None
-
-
-_op.register_autograd(interaction_op, _autograd, _setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,14 +11,22 @@ from torch import Tensor
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_layer
 from bilinear_ops.composite.interaction import ranking as composite
+from bilinear_ops.composite.interaction.matrices import LOOP_MAX
 from bilinear_ops.interaction.entries import interaction_entries
-from bilinear_ops.interaction.matrices import _backend, factors
+from bilinear_ops.interaction.matrices import factors
+from bilinear_ops.interaction.matrices import forward as interaction_matrices
 from bilinear_ops.results import (
     SCOPES,
     SCORES,
     Directions,
     InteractionMoments,
     TopInteractions,
+)
+
+# Branches without a kernel.
+ONLY_DIAGONALS = 'interaction_topk with score="self" reads diagonals, which no kernel computes'
+SHARED_TILES = (
+    f"interaction_topk of more than {LOOP_MAX} outputs without a basis ranks tiles of pairs, which no kernel computes"
 )
 
 
@@ -44,14 +53,15 @@ def interaction_topk(
         weight: multiplies the score for ranking only, as co-activation does: `[F, F]` (or `[d, d]` without a basis),
             `[K, F, F]`, or a function of the output's number that returns `[F, F]`; read at i <= j.
         basis: `[d, F]` directions of features.
-        impl: as for `interaction_matrices`.
+        impl: as for `interaction_matrices`; the kernels form the matrices, and a ranking that forms none has no kernel.
 
     Returns:
-        `TopInteractions(values, k, i, j)` in falling rank, ties by (k, i, j): `[K, n]`, or `[n]` for scope "global".
+        `TopInteractions(values, k, i, j)` in descending rank, ties by (k, i, j): `[K, n]`, or `[n]` for scope "global".
         Values carry gradients, indices do not.
 
     Raises:
-        RuntimeError, TypeError: as `interaction_matrices`.
+        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self", or without
+            a basis for more than 48 outputs.
         ValueError: unknown score, scope or impl, or n out of range.
     """
     sizes = check_layer(w, v, c, basis)
@@ -128,7 +138,16 @@ def _topk(
     scope: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, _backend(impl).interaction_matrices)
+    _impl.refuse(impl, _why_no_kernel(w, c if u is None else u, basis, score))
+    matrices = partial(interaction_matrices, impl=impl)
+    return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, matrices)
+
+
+def _why_no_kernel(w: Tensor, rows: Tensor, basis: Tensor | None, score: str) -> str | None:
+    """Why a ranking forms no matrices, the only part of it that has kernels; None where it does or is empty."""
+    if w.numel() == 0 or rows.numel() == 0 or composite.forms_matrices(rows.shape[0], basis, score):
+        return None
+    return ONLY_DIAGONALS if score == "self" else SHARED_TILES
 
 
 def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
@@ -139,7 +158,7 @@ def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
 def _moments(
     w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return composite.interaction_moments(w, v, c, u, basis, _backend(impl).interaction_matrices)
+    return composite.interaction_moments(w, v, c, u, basis, partial(interaction_matrices, impl=impl))
 
 
 def _moments_fake(w, v, c, u, basis, impl):

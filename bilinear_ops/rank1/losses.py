@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -79,62 +77,35 @@ def upper_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels.rank1 import losses
 
     return losses
 
 
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
-
-
 def _forward(weight: Tensor, read: Tensor, write: Tensor, impl: str) -> Tensor:
-    return _backend(impl).squared_difference(weight, read, write)
+    return (composite if impl == "torch" else launchers()).squared_difference(weight, read, write)
 
 
-def _forward_fake(weight: Any, read: Any, write: Any, impl: str) -> Any:
+def _forward_fake(weight, read, write, impl):
     return weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def _backward(
-    scale: Tensor, weight: Tensor, read: Tensor, write: Tensor, need: list[bool], impl: str
-) -> tuple[Tensor, ...]:
-    # three products of one band each, which the library does best on every device
-    grads = composite.squared_difference_backward(scale, weight, read, write, need)
-    return tuple(_op.or_empty(t, weight) for t in grads)
+    dy: Tensor, weight: Tensor, read: Tensor, write: Tensor, need: list[bool], impl: str
+) -> tuple[Tensor | None, ...]:
+    """(dweight, dread, dwrite): three products of a band each, which the library computes best on every device."""
+    return composite.squared_difference_backward(2 * dy, weight, read, write, need)
 
 
-def _backward_fake(scale: Any, weight: Any, read: Any, write: Any, need: list[bool], impl: str) -> Any:
-    return tuple(t.new_empty(t.shape if n else 0) for t, n in zip((weight, read, write), need, strict=True))
+def _formula(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
+    return reference.faithfulness_loss(weight, read, write) * weight.numel()
 
 
-squared_difference_op = _op.register(
-    "squared_difference(Tensor weight, Tensor read, Tensor write, str impl) -> Tensor", _forward, _forward_fake
-)
-squared_difference_backward_op = _op.register(
-    "squared_difference_backward(Tensor scale, Tensor weight, Tensor read, Tensor write, bool[] need, str impl) "
-    "-> (Tensor, Tensor, Tensor)",
+squared_difference_op, squared_difference_backward_op = _op.differentiable(
+    "squared_difference(Tensor weight, Tensor read, Tensor write, str impl) -> Tensor",
+    _forward,
+    _forward_fake,
     _backward,
-    _backward_fake,
+    _formula,
 )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, read, write = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():  # create_graph=True
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        residual = 2 * dy * (weight.to(wide) - (read.to(wide) @ write.to(wide)).t())  # [d_out, d_in]
-        grads = (residual, -residual.t() @ write.to(wide).t(), -read.to(wide).t() @ residual.t())
-        return *(g.to(weight.dtype) if n else None for g, n in zip(grads, need, strict=True)), None
-    grads = squared_difference_backward_op(2 * dy, weight, read, write, need, ctx.impl)
-    return *(g if n else None for g, n in zip(grads, need, strict=True)), None
-
-
-_op.register_autograd(squared_difference_op, _autograd, _setup_context)

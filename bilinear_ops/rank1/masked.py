@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ from bilinear_ops.composite.rank1 import masked as composite
 from bilinear_ops.rank1.masks import stochastic_delta
 from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
+
+# A branch without a kernel.
+NO_MASK = "rank1_linear without mask, delta and routing is two library GEMMs and has no kernel"
 
 
 def rank1_linear(
@@ -46,7 +48,8 @@ def rank1_linear(
         `[..., d_out]`, contiguous, in x's dtype.
 
     Raises:
-        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
+        RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run: without mask, delta
+            and routing there is nothing for a kernel to do.
         TypeError: an argument that is not a floating-point tensor, routing that is not a bool tensor.
         ValueError: delta or routing without weight, unknown impl.
     """
@@ -55,13 +58,14 @@ def rank1_linear(
     lead = x.shape[:-1]
     check_beside(x, mask=(mask, (*lead, sizes["c"])), delta=(delta, lead))
     impl = _impl.resolve(impl, x)
-    if _impl.needs_reference() or (mask is None and delta is None and routing is None):
+    plain = mask is None and delta is None and routing is None
+    if _impl.needs_reference() or plain and _impl.refuse(impl, NO_MASK):
         y = reference.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing)
         return y.contiguous()
     mask = x.new_ones(1, sizes["c"]) if mask is None else mask
     delta = None if delta is None else delta.expand(lead)[None]
-    y = _masked(x, read, write, None, mask, None, None, bias, weight, delta, routing, "given", 1, 0, impl)
-    return y[0]
+    masks = Masks(mask, None, delta, routing, None, stream=0, samples=1, sampling="given")
+    return _masked(x, read, write, None, weight, bias, masks, impl)[0]
 
 
 def stochastic_rank1_linear(
@@ -84,7 +88,7 @@ def stochastic_rank1_linear(
 ) -> Tensor:
     """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
 
-    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs, whatever the number of samples.
+    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples.
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
 
     Args:
@@ -128,8 +132,8 @@ def stochastic_rank1_linear(
             routing=routing, acts=acts, stream=stream, source=source,
         ).contiguous()  # fmt: skip
     delta = None if delta is None else delta.expand(samples, *lead)
-    kind = sampling if source is None else "source"
-    return _masked(x, read, write, acts, gates, source, seed, bias, weight, delta, routing, kind, samples, stream, impl)
+    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling if source is None else "source")
+    return _masked(x, read, write, acts, weight, bias, masks, impl)
 
 
 def _check(
@@ -168,20 +172,14 @@ def _masked(
     read: Tensor,
     write: Tensor,
     acts: Tensor | None,
-    gates: Tensor,
-    source: Tensor | None,
-    seed: Tensor | None,
-    bias: Tensor | None,
     weight: Tensor | None,
-    delta: Tensor | None,
-    routing: Tensor | None,
-    sampling: str,
-    samples: int,
-    stream: int,
+    bias: Tensor | None,
+    masks: Masks,
     impl: str,
 ) -> Tensor:
-    """Flatten the tokens and call the op."""
+    """Flatten the tokens and call the op. `masks` is as the caller gives it: sizes broadcast, tokens not flattened."""
     lead, tokens, c = x.shape[:-1], x.shape[:-1].numel(), read.shape[1]
+    gates, source, delta, routing, samples = masks.gates, masks.source, masks.delta, masks.routing, masks.samples
     if routing is not None:
         routing = routing.expand(lead)
         # a token past the subcomponents is one whose whole weight is the original
@@ -192,19 +190,16 @@ def _masked(
     if acts is not None:  # what the result does not depend on gets no gradient
         read = read.detach()
         x = x if weight is not None else x.detach()
-    tensors = (
-        x.reshape(tokens, x.shape[-1]),
-        read,
-        write,
-        None if acts is None else acts.reshape(tokens, c),
-        _periodic(gates, lead, c),
-        None if source is None else _source(source, samples, lead, c),
-        None if delta is None else delta.reshape(samples, tokens),
-        weight,
-        bias,
+    masks = masks._replace(
+        gates=_periodic(gates, lead, c),
+        source=None if source is None else _source(source, samples, lead, c),
+        delta=None if delta is None else delta.reshape(samples, tokens),
+        routing=routing,
     )
+    x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
+    tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)
     save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = rank1_op(*tensors, routing, seed, stream, samples, sampling, save, impl)
+    y, _ = rank1_op(x, read, write, acts, weight, bias, *masks, save, impl)
     return y.view(samples, *lead, write.shape[1])
 
 
@@ -234,14 +229,10 @@ def _broadcast(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels.rank1 import masked
 
     return masked
-
-
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
 
 
 def _forward(
@@ -249,73 +240,57 @@ def _forward(
     read: Tensor,
     write: Tensor,
     acts: Tensor | None,
-    gates: Tensor,
-    source: Tensor | None,
-    delta: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    routing: Tensor | None,
-    seed: Tensor | None,
-    stream: int,
-    samples: int,
-    sampling: str,
-    save: bool,
-    impl: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """y [samples, tokens, d_out], and acts = x R [tokens, C] if `save`, else empty."""
-    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    *fields, save, impl = options
+    masks = Masks(*fields)
+    delta, routing = masks.delta, masks.routing
     inner = x @ read if acts is None else acts
-    y = x.new_empty(samples, x.shape[0], write.shape[1])
+    y = x.new_empty(masks.samples, x.shape[0], write.shape[1])
     if delta is not None and weight is not None:
         torch.mul(delta[..., None], x @ weight.t(), out=y)  # one product with the original weight for all samples
-        if routing is not None:  # 0 * inf: an overflow of the original weight is not theirs who do not use it
+        if routing is not None:  # 0 * inf: tokens that do not use the original weight must not see its overflow
             y.masked_fill_(((delta == 0) & routing)[..., None], 0.0)
         if bias is not None:
             y += bias
     elif bias is not None:
         y.copy_(bias)
     beta = float(bias is not None or delta is not None)
-    _backend(impl).masked_apply(y, inner, write, masks, beta)
+    (composite if impl == "torch" else launchers()).masked_apply(y, inner, write, masks, beta)
     return y, _op.or_empty(inner if save else None, x)
 
 
-def _forward_fake(
-    x: Any, read: Any, write: Any, acts: Any, gates: Any, source: Any, delta: Any, weight: Any, bias: Any,
-    routing: Any, seed: Any, stream: int, samples: int, sampling: str, save: bool, impl: str,
-) -> Any:  # fmt: skip
-    y = x.new_empty(samples, x.shape[0], write.shape[1])
+def _forward_fake(x, read, write, acts, weight, bias, *options):
+    *fields, save, impl = options
+    y = x.new_empty(Masks(*fields).samples, x.shape[0], write.shape[1])
     return y, x.new_empty(x.shape[0], read.shape[1]) if save else x.new_empty(0)
 
 
 def _backward(
     dy: Tensor,
+    kept: Tensor,
     x: Tensor,
     read: Tensor,
     write: Tensor,
-    acts: Tensor,
-    gates: Tensor,
-    source: Tensor | None,
-    delta: Tensor | None,
+    acts: Tensor | None,
     weight: Tensor | None,
-    routing: Tensor | None,
-    seed: Tensor | None,
-    stream: int,
-    samples: int,
-    sampling: str,
-    given: bool,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, read, write, acts, gates, source, delta, weight and bias, each empty where nobody needs it.
+    bias: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, read, write, acts, weight, bias, gates, source and delta, each None unless needed.
 
-    acts are the caller's (`given`), saved, or empty where nothing was saved.
+    `kept` is x R, or empty where the caller gave acts or nothing was saved.
     """
-    need_x, need_read, need_write, need_acts, need_gates, need_source, need_delta, need_weight, need_bias = need
-    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
-    through_acts = not given and (need_x or need_read)
-    if not given and acts.numel() == 0:
-        acts = x @ read
-    dacts, dwrite, dgates, dsource, ddelta = _backend(impl).masked_apply_backward(
+    *fields, need, impl = options
+    need_x, need_read, need_write, need_acts, need_weight, need_bias, need_gates, need_source, need_delta = need
+    masks = Masks(*fields)
+    through_acts = acts is None and (need_x or need_read)
+    if acts is None:
+        acts = kept if kept.numel() else x @ read
+    dacts, dwrite, dgates, dsource, ddelta = (composite if impl == "torch" else launchers()).masked_apply_backward(
         dy, acts, write, masks, [need_acts or through_acts, need_write, need_gates, need_source, need_delta]
     )
     dx = dread = dweight = None
@@ -323,18 +298,22 @@ def _backward(
         dx = dacts @ read.t()
     if through_acts and need_read:
         dread = x.t() @ dacts
-    if delta is not None and weight is not None:
+    if masks.delta is not None and weight is not None:
         if need_x or need_weight:
-            doriginal = _weighted_sum(delta, dy)
+            doriginal = _weighted_sum(masks.delta, dy)
             if need_x:
                 dx = doriginal @ weight if dx is None else dx.addmm_(doriginal, weight)
             if need_weight:
                 dweight = doriginal.t() @ x
         if ddelta is not None:
             ddelta += (dy * (x @ weight.t())).sum(-1, dtype=ddelta.dtype)
-    dbias = dy.sum((0, 1)) if need_bias else None
-    grads = (dx, dread, dwrite, dacts if need_acts else None, dgates, dsource, ddelta, dweight, dbias)
-    return tuple(_op.or_empty(t, x) for t in grads)
+    grads = (dx, dread, dwrite, dacts if need_acts else None, dweight, dy.sum((0, 1)) if need_bias else None)
+    return *grads, _narrow(dgates, masks.gates), _narrow(dsource, masks.source), _narrow(ddelta, masks.delta)
+
+
+def _narrow(gradient: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """A gradient that was summed in fp32 or better, in the dtype of its tensor."""
+    return gradient if gradient is None or t is None else gradient.to(t.dtype)
 
 
 def _weighted_sum(delta: Tensor, dy: Tensor) -> Tensor:
@@ -362,59 +341,16 @@ def _backward_fake(
     return *tensors, empty(weight, 7), x.new_empty(write.shape[1] if need[8] else 0)
 
 
-rank1_op = _op.register(
-    "rank1(Tensor x, Tensor read, Tensor write, Tensor? acts, Tensor gates, Tensor? source, Tensor? delta, "
-    "Tensor? weight, Tensor? bias, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool save, "
-    "str impl) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-rank1_backward_op = _op.register(
-    "rank1_backward(Tensor dy, Tensor x, Tensor read, Tensor write, Tensor acts, Tensor gates, Tensor? source, "
-    "Tensor? delta, Tensor? weight, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool given, "
-    "bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.stream, ctx.samples, ctx.sampling, _, ctx.impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else every backward is handed a gradient of acts: [M, C] zeros, written out
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 16
-    *tensors, routing, seed, saved_acts = ctx.saved_tensors
-    x, read, write, acts, gates, source, delta, weight, bias = tensors
-    need = list(ctx.needs_input_grad[:9])
-    options = (ctx.stream, ctx.samples, ctx.sampling)
-    if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
-        of = dict(zip(("routing", "seed", "stream", "samples", "sampling"), (routing, seed, *options), strict=True))
-        grads = _op.differentiable_gradients(partial(_reference, **of), tensors, need, dy)
-    else:
-        given = acts is not None
-        grads = rank1_backward_op(
-            dy, x, read, write, acts if given else saved_acts, gates, source, delta, weight, routing, seed, *options,
-            given, need, ctx.impl,
-        )  # fmt: skip
-        grads = [g.to(t.dtype) if needed else None for g, t, needed in zip(grads, tensors, need, strict=True)]
-    return *grads, *(None,) * 7
-
-
-def _reference(
+def _formula(
     x: Tensor,
     read: Tensor,
     write: Tensor,
     acts: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     gates: Tensor,
     source: Tensor | None,
     delta: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     *,
     routing: Tensor | None,
     seed: Tensor | None,
@@ -422,7 +358,7 @@ def _reference(
     samples: int,
     sampling: str,
 ) -> Tensor:
-    """What the op computes, from the reference's pieces: differentiable to any order."""
+    """The result of the op by the reference's pieces: differentiable to any order."""
     acts = x @ read if acts is None else acts
     gates = gates.repeat(x.shape[0] // max(gates.shape[0], 1), 1)
     if seed is not None:
@@ -432,4 +368,13 @@ def _reference(
     return apply(x, acts, write, masks, bias, weight, delta, routing).expand(samples, -1, -1)
 
 
-_op.register_autograd(rank1_op, _autograd, _setup_context)
+# from gates on in the order of Masks
+rank1_op, rank1_backward_op = _op.differentiable(
+    "rank1(Tensor x, Tensor read, Tensor write, Tensor? acts, Tensor? weight, Tensor? bias, Tensor gates, "
+    "Tensor? source, Tensor? delta, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool save, "
+    "str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _formula,
+)

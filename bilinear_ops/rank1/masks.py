@@ -84,18 +84,14 @@ def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: s
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels.rank1 import masks
 
     return masks
 
 
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
-
-
 def _uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
-    return _backend(impl).uniform(seed, site, samples, rows, columns)
+    return (composite if impl == "torch" else launchers()).uniform(seed, site, samples, rows, columns)
 
 
 def _uniform_fake(seed: Any, site: int, samples: int, rows: int, columns: int, impl: str) -> Any:

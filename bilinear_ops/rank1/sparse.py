@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -61,31 +59,27 @@ def rank1_sparse(
         return reference.rank1_sparse(x, read, write, indices, gates, bias)
     tokens = x.shape[:-1].numel()
     y, _ = sparse_op(
-        x.reshape(tokens, x.shape[-1]), read, write,
-        indices.reshape(tokens, k).long().contiguous(), gates.reshape(tokens, k), bias, impl,
+        x.reshape(tokens, x.shape[-1]), read, write, gates.reshape(tokens, k), bias,
+        indices.reshape(tokens, k).long().contiguous(), impl,
     )  # fmt: skip
     return y.view(*x.shape[:-1], write.shape[1])
 
 
 def launchers():
-    """The kernels' side, imported at the first launch."""
+    """The kernels of this family, imported at the first launch."""
     from bilinear_ops.kernels.rank1 import sparse
 
     return sparse
 
 
-def _backend(impl: str) -> Any:
-    return launchers() if impl == "triton" else composite
-
-
 def _forward(
-    x: Tensor, read: Tensor, write: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, impl: str
+    x: Tensor, read: Tensor, write: Tensor, gates: Tensor, bias: Tensor | None, indices: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """y [M, d_out] and the activations [M, k] of the active subcomponents."""
     _check_range(indices, read.shape[1])
-    backend = _backend(impl)
-    acts = backend.sparse_dots(x, read.t(), indices)
-    y = backend.sparse_sums((acts * gates).to(x.dtype), write, indices)
+    path = composite if impl == "torch" else launchers()
+    acts = path.sparse_dots(x, read.t(), indices)
+    y = path.sparse_sums((acts * gates).to(x.dtype), write, indices)
     return y if bias is None else y.add_(bias), acts
 
 
@@ -100,91 +94,63 @@ def _check_range(indices: Tensor, count: int) -> None:
         torch._assert_async((low >= 0) & (high < count))
 
 
-def _forward_fake(x: Any, read: Any, write: Any, indices: Any, gates: Any, bias: Any, impl: str) -> Any:
+def _forward_fake(x, read, write, gates, bias, indices, impl):
     return x.new_empty(x.shape[0], write.shape[1]), x.new_empty(indices.shape)
 
 
 def _backward(
     dy: Tensor,
+    acts: Tensor,
     x: Tensor,
     read: Tensor,
     write: Tensor,
-    indices: Tensor,
     gates: Tensor,
-    acts: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
     need: list[bool],
     impl: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, read^T [C, d_in], write, gates and bias, each empty where nobody needs it."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, read (a transposed [C, d_in]), write, gates and bias, each None unless needed."""
     need_x, need_read, need_write, need_gates, need_bias = need
-    backend = _backend(impl)
+    path = composite if impl == "torch" else launchers()
     dx = dread = dwrite = dgates = None
     dy = dy.contiguous()
     if need_x or need_read or need_gates:
-        dots = backend.sparse_dots(dy, write, indices)  # [M, k]
+        dots = path.sparse_dots(dy, write, indices)  # [M, k]
         wide = torch.promote_types(gates.dtype, torch.float32)
         if need_gates:
             dgates = (dots.to(wide) * acts).to(gates.dtype)
         dacts = (dots * gates).to(x.dtype)
         if need_x:
-            dx = backend.sparse_sums(dacts, read.t().contiguous(), indices)
+            dx = path.sparse_sums(dacts, read.t().contiguous(), indices)
         if need_read:
-            dread = composite.sparse_outer(dacts, x, indices, read.shape[1])
+            dread = composite.sparse_outer(dacts, x, indices, read.shape[1]).t()
     if need_write:
         dwrite = composite.sparse_outer((acts * gates).to(x.dtype), dy, indices, read.shape[1])
-    grads = (dx, dread, dwrite, dgates, dy.sum(0) if need_bias else None)
-    return tuple(_op.or_empty(t, x) for t in grads)
+    return dx, dread, dwrite, dgates, dy.sum(0) if need_bias else None
 
 
-def _backward_fake(
-    dy: Any, x: Any, read: Any, write: Any, indices: Any, gates: Any, acts: Any, need: list[bool], impl: str
-) -> Any:
+def _backward_fake(dy, acts, x, read, write, gates, bias, indices, need, impl):
     need_x, need_read, need_write, need_gates, need_bias = need
     return (
         x.new_empty(x.shape if need_x else 0),
-        x.new_empty(read.shape[::-1] if need_read else 0),
+        x.new_empty(read.shape[::-1]).t() if need_read else x.new_empty(0),
         x.new_empty(write.shape if need_write else 0),
         gates.new_empty(gates.shape) if need_gates else x.new_empty(0),
         x.new_empty(dy.shape[1] if need_bias else 0),
     )
 
 
-sparse_op = _op.register(
-    "rank1_sparse(Tensor x, Tensor read, Tensor write, Tensor indices, Tensor gates, Tensor? bias, str impl) "
+def _formula(x: Tensor, read: Tensor, write: Tensor, gates: Tensor, bias: Tensor | None, *, indices: Tensor) -> Tensor:
+    return reference.rank1_sparse(x, read, write, indices, gates, bias)
+
+
+sparse_op, sparse_backward_op = _op.differentiable(
+    "rank1_sparse(Tensor x, Tensor read, Tensor write, Tensor gates, Tensor? bias, Tensor indices, str impl) "
     "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-)
-sparse_backward_op = _op.register(
-    "rank1_sparse_backward(Tensor dy, Tensor x, Tensor read, Tensor write, Tensor indices, Tensor gates, Tensor acts, "
-    "bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    _backward_fake,
+    _formula,
+    backward_fake=_backward_fake,
 )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _autograd(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 7
-    x, read, write, indices, gates, bias, acts = ctx.saved_tensors
-    need = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:6]]
-    if torch.is_grad_enabled():  # create_graph=True: the saved acts carry no graph, so start again from x
-
-        def sparse(x: Tensor, read: Tensor, write: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
-            return reference.rank1_sparse(x, read, write, indices, gates, bias)
-
-        grads = _op.differentiable_gradients(sparse, (x, read, write, gates, bias), need, dy)
-    else:
-        dx, dread, *others = sparse_backward_op(dy, x, read, write, indices, gates, acts, need, ctx.impl)
-        grads = [g if needed else None for g, needed in zip((dx, dread.t(), *others), need, strict=True)]
-    return *grads[:3], None, *grads[3:], None
-
-
-_op.register_autograd(sparse_op, _autograd, _setup_context)

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from bilinear_ops.composite.blockwise import blocks
 from bilinear_ops.composite.interaction import matrices as composite
-from bilinear_ops.composite.interaction.matrices import interaction_matrices_backward, unpack_symmetric
+from bilinear_ops.composite.interaction.matrices import unpack_symmetric
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.records import PairTile, Tile
 from bilinear_ops.kernels.tile import INTERPRET, column_quarters
-
-__all__ = ["interaction_matrices", "interaction_matrices_backward", "workspace"]
 
 SUBTILES = tl.constexpr(4)  # of the epilogue over directions: column_quarters
 MIXED = 1 << 26  # elements of a block of mixtures of low-rank directions: few and large GEMMs
@@ -113,10 +111,15 @@ def interaction_direction_kernel(
     store_pairs(q_ptr, stride_qk, acc, i, j, tl.full((1, 1), k, tl.int32), D, tl.num_programs(1), PACKED)
 
 
-def interaction_matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool) -> Tensor:
-    """The matrices of directions c [K, h], or u c with u [K, o] and c [o, h]: [K, d, d], or packed [K, d(d+1)/2]."""
+def interaction_matrices(
+    w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool, *, library: bool = True
+) -> Tensor:
+    """The matrices of directions c [K, h], or u c with u [K, o] and c [o, h]: [K, d, d], or packed [K, d(d+1)/2].
+
+    RuntimeError where only the library's products are left to choose and `library` forbids them.
+    """
     if u is not None:
-        return _factored(w, v, c, u, packed)
+        return _factored(w, v, c, u, packed, library)
     (h, d), directions = w.shape, c.shape[0]
     shape = (directions, d * (d + 1) // 2) if packed else (directions, d, d)
 
@@ -133,7 +136,7 @@ def interaction_matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, pack
     if w.numel() == 0 or directions == 0:
         return run(config.LIBRARY)
     tiles = config.interaction_matrices(config.architecture(w.device), w.dtype, directions, h)
-    return via.launch("interaction_matrices", w, (tuning.bucket(directions), d, h, packed), tiles, run)
+    return via.launch("interaction_matrices", w, (tuning.bucket(directions), d, h, packed), tiles, run, library=library)
 
 
 def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
@@ -150,12 +153,12 @@ def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
     return product + (2 * d + directions) * _columns(h, tile)
 
 
-def _factored(w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool) -> Tensor:
+def _factored(w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool, library: bool) -> Tensor:
     """The matrices of the directions u p, or the mixtures by u of the packed matrices of p, whichever is cheaper."""
     directions, d = u.shape[0], w.shape[1]
     if not composite.two_stage(directions, *p.shape):
-        return interaction_matrices(w, v, u @ p, None, packed)
-    stage = interaction_matrices(w, v, p, None, True)  # [o, d(d+1)/2]
+        return interaction_matrices(w, v, u @ p, None, packed, library=library)
+    stage = interaction_matrices(w, v, p, None, True, library=library)  # [o, d(d+1)/2]
     if packed:
         return u @ stage
     q = w.new_empty(directions, d, d)

@@ -82,7 +82,7 @@ def eigen_pairs(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor
 def eigen_pairs_backward(
     dout: Tensor, x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor, reduce: str, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dvectors), each empty where nobody needs it: dz = 2 g values z of the term values z^2."""
+    """(dx, dvalues, dvectors), each empty unless needed: dz = 2 g values z of the term values z^2."""
     need_x, need_values, need_vectors = need
     dtype = x.dtype
     dout, x, values = widen(dout, x, values)

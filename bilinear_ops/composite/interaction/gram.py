@@ -11,7 +11,7 @@ TILE = 1024  # neurons on each side of a tile of `layer_inner`
 
 
 def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None, v2: Tensor | None) -> Tensor:
-    """1/2 [(W W2^T)(V V2^T) + (W V2^T)(V W2^T)]: [h, h2], equal to its transpose to the bit where w2, v2 are None."""
+    """1/2 [(W W2^T)(V V2^T) + (W V2^T)(V W2^T)]: [h, h2], bitwise symmetric where w2, v2 are None."""
     dtype = w.dtype
     w, v, w2, v2 = widen(w, v, w2, v2)
     other = (w if w2 is None else w2, v if v2 is None else v2)

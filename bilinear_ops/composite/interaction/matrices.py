@@ -5,7 +5,7 @@
   S_ij = 1/2 (w_i v_j + w_j v_i) formed on the fly, K h d^2 FLOPs.
 - two-stage: as pairs, but C = U P is applied factor by factor, (o h + K o) d^2 FLOPs: low-rank directions.
 
-Same two functions, same signatures, as `bilinear_ops.kernels.interaction.matrices`.
+`interaction_matrices` and `workspace` have the signatures of `bilinear_ops.kernels.interaction.matrices`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def unpack_symmetric(t: Tensor, d: int) -> Tensor:
 def interaction_matrices_backward(
     dq: Tensor, w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dw, dv, dc, du), each empty where nobody needs it; dq in either layout."""
+    """(dw, dv, dc, du), each empty unless needed; dq in either layout."""
     dtypes = [w.dtype if t is None else t.dtype for t in (w, v, c, u)]
     w, v, c, u = widen(w, v, c, u)
     factors = None
@@ -123,7 +123,7 @@ def _one_by_one(w: Tensor, v: Tensor, c: Tensor, q: Tensor) -> None:
         for row, matrix in zip(c[start : start + group], full, strict=True):
             torch.mul(v, row.unsqueeze(1), out=scaled)
             torch.mm(half, scaled, out=m)
-            torch.add(m, m.t(), out=matrix)  # a sum commutes: equal to its transpose to the bit
+            torch.add(m, m.t(), out=matrix)  # a sum commutes: bitwise equal to its transpose
         if q.dim() == 2:
             for i, (a, b) in enumerate(_packed_rows(d)):
                 chunk[:, a:b] = full[:, i, i:]
@@ -173,7 +173,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, q: Tensor) -> N
 def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tuple[int, int, int, int, Tensor]]:
     """(first and last direction, first row and column, their entries [k, i, j]) tile by tile of `pair_tiles`.
 
-    What lies below the diagonal is to be ignored: it need not equal what lies above to the last bit. The entries are
+    Ignore the entries below the diagonal: they need not be bitwise equal to those above. The entries are
     overwritten by the next: memory taken and given back for each tile would scatter over an allocator's heap.
     """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]

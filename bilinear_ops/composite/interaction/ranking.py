@@ -135,7 +135,7 @@ def _score_tiles(
         for a, b in blocks(outputs, features, TILE):
             part = c[a:b] if u is None else u[a:b] @ c
             yield b - a, iter([_Tile(interaction_diagonal(w, v, part, basis).unsqueeze(2), a, 0, 0)])
-    elif basis is None and outputs > LOOP_MAX and w.numel():
+    elif w.numel() and not forms_matrices(outputs, basis, score):
         if u is not None and not two_stage(outputs, *c.shape):
             c, u = u @ c, None
         rows, columns = tile_shape(w)
@@ -146,6 +146,11 @@ def _score_tiles(
         for start, _, q in _matrix_chunks(w, v, c, u, matrices):
             for a, b in blocks(q.shape[0], features * features, TILE):
                 yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
+
+
+def forms_matrices(outputs: int, basis: Tensor | None, score: str) -> bool:
+    """Whether a ranking forms interaction matrices: not for diagonals, nor for tiles of pairs that outputs share."""
+    return score != "self" and (basis is not None or outputs <= LOOP_MAX)
 
 
 def _rank(tile: _Tile, weight: Tensor | None, score: str, space: Tensor) -> tuple[Tensor, Tensor]:

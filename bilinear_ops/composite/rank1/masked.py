@@ -1,7 +1,7 @@
 """Masked rank-1 subcomponents without masks in memory: one sample and a slab of tokens at a time (docs/math.md 3).
 
 Same functions, same signatures, as `bilinear_ops.kernels.rank1.masked`. With acts = x R, every sample is the product
-(acts * (mask - delta)) L, for whatever mask the sample draws; what delta adds, delta * x W^T, is not formed here.
+(acts * (mask - delta)) L, for any kind of mask. The share of delta, delta * x W^T, is not formed here.
 """
 
 from __future__ import annotations

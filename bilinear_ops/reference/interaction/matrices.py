@@ -36,7 +36,7 @@ def pack_symmetric(q: Tensor) -> Tensor:
 
 
 def unpack_symmetric(t: Tensor, d: int) -> Tensor:
-    """[..., d(d+1)/2] -> [..., d, d], equal to its transpose to the bit."""
+    """[..., d(d+1)/2] -> [..., d, d], bitwise equal to its transpose."""
     i, j = torch.triu_indices(d, d, device=t.device)
     position = torch.empty(d, d, dtype=torch.int64, device=t.device)
     position[i, j] = position[j, i] = torch.arange(i.numel(), device=t.device)
