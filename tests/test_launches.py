@@ -197,7 +197,7 @@ def test_branches_without_a_kernel_run_pytorch_unless_asked(branch, monkeypatch)
 def test_auto_may_choose_the_library():
     w, v, c = layer(20)[0]
     op = bo.interaction.matrices.interaction_op
-    with tuning.using(interaction=config.LIBRARY):
+    with tuning.using(interaction_matrices=config.LIBRARY):
         with counted() as launched:
             torch.testing.assert_close(op(w, v, c, None, False, "auto"), op(w, v, c, None, False, "torch"))
         assert not launched
