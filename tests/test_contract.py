@@ -75,6 +75,18 @@ def test_opcheck_backward(need, impl):
     torch.library.opcheck(bo.gated.gated_backward_op, args)
 
 
+def test_a_profiler_shows_the_op():
+    """The autograd function of each op has the name of the op."""
+    x, w, v, p, *_ = inputs()
+    calls = {
+        "GatedBackward": lambda: bo.gated.gated_op(x, w, v, p, *[None] * 4, "identity", True, "torch")[0],
+        "InteractionBackward": lambda: bo.interaction_matrices(w, v, p),
+        "SquaredDifferenceBackward": lambda: bo.rank1.losses.squared_difference_op(x[:2], w.t(), p.t(), "torch"),
+    }
+    for name, call in calls.items():
+        assert type(call().grad_fn).__name__ == name
+
+
 @pytest.mark.parametrize("backend", (pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"))
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 def test_compile(backend, impl):

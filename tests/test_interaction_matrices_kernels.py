@@ -101,9 +101,12 @@ def test_empty_sizes(size):
 def test_streaming_and_ranking_use_the_kernels(monkeypatch):
     launched = []
     original = kernels.interaction_matrices
-    monkeypatch.setattr(
-        kernels, "interaction_matrices", lambda *args, **options: launched.append(args) or original(*args, **options)
-    )
+
+    def recorded(*args, **options):
+        launched.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(kernels, "interaction_matrices", recorded)
     w, v, c = layer(4, 6, 5)
     list(bo.iter_interaction_matrices(w, v, c, chunk_bytes=4000, impl="triton"))
     top = bo.interaction_topk(w, v, c, 2, impl="triton")
