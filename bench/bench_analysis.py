@@ -32,6 +32,9 @@ def _tensor(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
 
 def _hosvd(device: torch.device, mode: str, d: int, h: int, outputs: int) -> Workload:
     rank = outputs if mode == "output" else d
+    # the neurons' Gram matrices and their products with p, w, v; symmetry not used
+    output_flops = 2 * h * h * (4 * d + outputs) + 2 * outputs * outputs * h
+    input_flops = h * h * (16 * d + 2 * outputs) + 4 * h * d * d
 
     def formed(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
         b = _tensor(w, v, p)
@@ -47,8 +50,8 @@ def _hosvd(device: torch.device, mode: str, d: int, h: int, outputs: int) -> Wor
         reference=forward(formed),
         ours=forward(lambda w, v, p: bo.analysis.hosvd(w, v, p, rank, mode=mode).S),
         baselines={"eager": forward(formed)},
-        flops=h * h * (3 * d + outputs),  # the symmetric Gram matrix of the neurons, and P on it
-        bytes=4 * h * (2 * d + outputs),
+        flops=output_flops if mode == "output" else input_flops,
+        bytes=4 * (h * (2 * d + outputs) + rank * (rank + 1) + 1),
     )
 
 
@@ -82,8 +85,9 @@ def _cp(device: torch.device, d: int, h: int, outputs: int) -> Workload:
         reference=forward(formed),
         ours=forward(ours),
         baselines={"eager": forward(formed)},
-        flops=2 * h * h * (3 * d + outputs) // 2 + STEPS * 2 * h * RANK * (12 * d + 4 * outputs),
-        bytes=4 * h * (2 * d + outputs),
+        # without the conjugate gradients, whose number depends on the data and whose size not on h
+        flops=2 * h * (h + (4 * STEPS + 1) * RANK) * (4 * d + outputs),
+        bytes=4 * (h + RANK) * (2 * d + outputs),
     )
 
 

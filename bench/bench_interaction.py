@@ -162,7 +162,7 @@ def _ranking(device: torch.device, impl: str, outputs: int, d: int, h: int, feat
         baselines={"eager": forward(_ranked_one_by_one)},
         # per output the matrix, then its feature pairs, in the cheapest order of products
         flops=2 * outputs * min(d * d * h + d * d * features + d * features * features // 2, features * features * h),
-        bytes=4 * (2 * h * d + outputs * h + d * features),
+        bytes=4 * (2 * h * d + outputs * h + d * features) + (4 + 3 * 8) * STRONGEST,  # values, and indices i, j, k
     )
 
 
@@ -264,7 +264,7 @@ def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
         ours=against_each(bo.layer_inner),
         baselines={"eager": forward(formed)},
         flops=2 * OTHERS * h * h * (4 * d + outputs),
-        bytes=4 * (1 + OTHERS) * h * (2 * d + outputs),
+        bytes=4 * ((1 + OTHERS) * h * (2 * d + outputs) + OTHERS),
     )
 
 
