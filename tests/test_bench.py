@@ -14,7 +14,7 @@ from bench import claims, report
 from bench.__main__ import main
 from bench.harness import gpu, receipts
 from bench.harness.measuring import measure
-from bench.harness.timing import Timing, peak_memory
+from bench.harness.timing import peak_memory
 from bench.harness.worker import Worker
 from bench.harness.workload import Workload, training_step, workloads
 
@@ -64,12 +64,6 @@ def test_a_failing_baseline_is_reported_and_left_out(workload: Workload) -> None
     found = measure(dataclasses.replace(workload, baselines={**workload.baselines, "peer": broken}), CPU, 0, 0)
     assert found.failed == {"peer": "RuntimeError: no such device"}
     assert {"ours", "eager", "packed"} <= set(found.timings)
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    fast, slow = Timing((1.0, 9.0, 1.0)), Timing((2.0, 18.0, 2.0))
-    assert slow.ratio(fast) == 2.0
-    assert (slow.quantile(2), slow.median) == (2.0, 2.0)
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
@@ -190,8 +184,21 @@ def test_report_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[st
         report.main(words)
 
 
-def test_committed_receipts_can_be_reported() -> None:
-    assert report.text(report.latest(), receipts.tree_hash(), "plots")
+def test_without_receipts_there_is_no_figure(tmp_path: Path) -> None:
+    assert report.latest(tmp_path) == [] and report.plots([]) == {}
+    assert report.text([], "now", "plots") == "No receipts yet."
+
+
+def test_committed_receipts_are_those_that_the_readme_shows() -> None:
+    found = report.latest()
+    assert any(r["kind"] == "measured" and r["best_baseline"] for r in found)
+    written = {path.name: path.read_text() for path in (receipts.RESULTS / "plots").iterdir()}
+    assert written == report.plots(found)
+    readme = (receipts.ROOT / "README.md").read_text()
+    section = report.text(found, receipts.tree_hash(), "bench/results/plots")
+    for line in section.splitlines():
+        if line.startswith(("**", "|", "!")):
+            assert line.replace(f" {report.STALE}", "") in readme.replace(f" {report.STALE}", "")
 
 
 def test_tree_hash_follows_the_sources(tmp_path: Path) -> None:
