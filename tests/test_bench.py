@@ -12,7 +12,7 @@ import torch
 import bilinear_ops as bo
 from bench import claims, report
 from bench.__main__ import main
-from bench.harness import gpu, receipts
+from bench.harness import receipts
 from bench.harness.measuring import measure
 from bench.harness.timing import peak_memory
 from bench.harness.worker import Worker
@@ -53,6 +53,7 @@ def test_wrong_results_are_not_timed(workload: Workload) -> None:
 
 
 def test_unwritten_results_are_found(workload: Workload) -> None:
+    torch.use_deterministic_algorithms(False)  # which alone would fill fresh memory with NaN
     lazy = dataclasses.replace(workload, ours=lambda *inputs: lambda: tuple(map(torch.empty_like, inputs)))
     assert "not finite" in measure(lazy, CPU, seed=0, seconds=0).failed["ours"]
 
@@ -217,26 +218,9 @@ def test_a_worker_outlives_the_death_of_its_process() -> None:
     worker = Worker()
     try:
         with pytest.raises(RuntimeError, match="died"):
-            worker.ask(60, os._exit, 3)
+            worker.ask(300, os._exit, 3)
         with pytest.raises(RuntimeError, match="ValueError: math domain"):
-            worker.ask(60, __import__("math").sqrt, -1)
-        assert worker.ask(60, max, 1, 2) == 2
+            worker.ask(300, __import__("math").sqrt, -1)
+        assert worker.ask(300, max, 1, 2) == 2
     finally:
         worker.stop()
-
-
-@pytest.mark.slow  # CI runs it all the same
-def test_gpu_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            main(["--gpu"])
-        assert "needs a GPU" in capsys.readouterr().err
-    assert gpu.run(CPU, tmp_path, 2.0, ONLY) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "environment.json",
-        "ceilings.json",
-        "checks.jsonl",
-        "receipts.jsonl",
-    }
-    (found,) = receipts.load(tmp_path / "receipts.jsonl")
-    assert found["p50"] > 0

@@ -119,6 +119,24 @@ def test_a_result_that_changes_between_runs_is_found(role: str, repeat: int) -> 
     assert found.failed == {role: "AssertionError: two runs on the same inputs differ"}
 
 
+def test_baselines_may_be_nondeterministic() -> None:
+    """Ours runs with deterministic algorithms, which fill fresh memory with NaN; a baseline runs as its users run it."""
+    seen: dict[str, bool] = {}
+
+    def noting(name: str) -> Contender:
+        def build(x: Tensor) -> Callable[[], tuple[Tensor]]:
+            def run() -> tuple[Tensor]:
+                seen.setdefault(name, torch.are_deterministic_algorithms_enabled())
+                return (2 * x,)
+
+            return run
+
+        return build
+
+    assert not check(known(noting("ours"), {"eager": noting("eager")}), seed=0).failed
+    assert seen == {"ours": True, "eager": False}
+
+
 def test_without_a_reference_ours_has_failed() -> None:
     def none(x: Tensor) -> Callable[[], tuple[Tensor]]:
         raise RuntimeError("no reference")

@@ -1,18 +1,20 @@
-"""`python -m bench --gpu`: all that is worth knowing about a device, in bounded time, written down as it is found.
+"""`python -m bench --gpu`: check and measure a GPU within a time limit, most valuable results first.
 
-In this order, each in a process that may fail without ending the run: the device and versions; its ceilings; all
-compilations, in parallel; every op checked at small shapes, 20 times over; every workload beside its baselines; other
-tiles. What takes too long is told how much was not reached; --only, in a second run, goes straight to it.
-Under --out: environment.json, ceilings.json, checks.jsonl, receipts.jsonl, tiles.jsonl, and failures.txt if any.
+The ceilings come first, then the stages below. Each stage has a share of the time left, so that every stage starts.
+A stage compiles ours in parallel processes, then asks one worker process for one workload at a time.
+
+Files in --out: environment.json, ceilings.json, checks.jsonl, tiles.jsonl, receipts.jsonl, and failures.txt if any.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,130 +23,198 @@ import torch
 from bench.harness import receipts
 from bench.harness.measuring import check, measure
 from bench.harness.timing import interleaved
-from bench.harness.worker import Worker
-from bench.harness.workload import Run, Workload, tilings, workloads
+from bench.harness.worker import DeviceLost, Worker
+from bench.harness.workload import Run, Workload, smallest, tilings, workloads
 
-LISTS: dict[str, Callable[[torch.device, str], list[Workload]]] = {"workloads": workloads, "tilings": tilings}
-COMPILING = 0.3  # of the time, at most, goes to compilation
-REPEATS = 20
+REPEATS = 20  # of each check
 PATIENCE = 120.0  # seconds for one workload before its process is ended
+COMPILING = 0.5  # of a stage's time at most
+ATTEMPTS = 3  # at one workload, each without the contenders that ended the worker before
 ROW = "{:74} {:>9} {:>26} {:>6}  {}"
+
+LISTS: dict[str, Callable[[torch.device, str], list[Workload]]] = {
+    "smallest": lambda device, size: smallest(device),
+    "tilings": tilings,
+    "workloads": workloads,
+}
+DECOMPOSITIONS = ("hosvd", "cp_decompose", "interaction_eigh", "interaction_topk")  # and rankings: long library calls
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Workloads of one list, and what to do with them."""
+
+    title: str
+    kind: str  # of LISTS
+    file: str
+    share: float  # of the time that is left
+    selects: Callable[[Workload], bool]
+    tf32: bool = False  # allowed in float32 products
+    on_request: bool = False  # only with --only
+
+
+def _first(w: Workload) -> bool:
+    """Gated workloads with identity or silu, and rank-1 workloads."""
+    return w.op.startswith(("gated", "rank1", "stochastic")) and (
+        not w.op.startswith("gated") or w.case.startswith(("identity", "silu"))
+    )
+
+
+STAGES = (
+    Stage("smallest shapes", "smallest", "checks.jsonl", 0.25, lambda w: True),
+    Stage("smallest shapes, TF32", "smallest", "checks.jsonl", 0.05, lambda w: w.dtype == torch.float32, tf32=True),
+    Stage("gated tiles", "tilings", "tiles.jsonl", 0.25, lambda w: w.op.startswith("gate")),
+    Stage("interaction tiles", "tilings", "tiles.jsonl", 0.25, lambda w: w.op.startswith("interaction")),
+    Stage("gated and rank-1 workloads", "workloads", "receipts.jsonl", 0.6, _first),
+    Stage("other tiles", "tilings", "tiles.jsonl", 0.2, lambda w: not w.op.startswith(("gate", "interaction"))),
+    Stage(
+        "other workloads", "workloads", "receipts.jsonl", 1.0, lambda w: not _first(w) and w.op not in DECOMPOSITIONS
+    ),
+    Stage(
+        "decompositions and rankings",
+        "workloads",
+        "receipts.jsonl",
+        1.0,
+        lambda w: w.op in DECOMPOSITIONS,
+        on_request=True,
+    ),
+)
 
 
 class Session:
-    """The time that is left, the folder of results and the device."""
+    """The device, the folder of results, the time that is left and the worker."""
 
     def __init__(self, device: torch.device, out: Path, minutes: float, only: str):
         self.device, self.out, self.only = device, out, only
-        self.minutes = minutes
         self.deadline = time.monotonic() + 60 * minutes
         self.worker = Worker()
         self.rows: list[str] = []
+        self.measured = self.wrong = 0
         self.size = "full" if device.type == "cuda" else "tiny"
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Ask the worker; a failure is written down and answered with None."""
-        if self.left() < 2:
-            return None
-        try:
-            return self.worker.ask(min(PATIENCE, self.left()), function, *arguments)
-        except RuntimeError as error:
-            self.report(" ".join(str(a) for a in arguments), str(error))
-            return None
-
     def report(self, what: str, why: str) -> None:
         print(f"FAILED {what}: {why.splitlines()[0]}", flush=True)
         with (self.out / "failures.txt").open("a") as file:
             file.write(f"{what}\n{why}\n\n")
 
-    def names(self, kind: str, size: str) -> list[str]:
-        return [str(w) for w in LISTS[kind](self.device, size) if self.only in str(w)]
+    def names(self, stage: Stage) -> list[str]:
+        if stage.on_request and not self.only:
+            return []
+        return [str(w) for w in LISTS[stage.kind](self.device, self.size) if stage.selects(w) and self.only in str(w)]
 
 
 def run(device: torch.device, out: Path, minutes: float, only: str = "") -> int:
+    """Run all stages; return 1 if any result of ours is wrong or nothing was measured, else 0."""
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # a dry run: workers interpret the kernels
     session = Session(device, out, minutes, only)
     try:
         _write(out / "environment.json", receipts.environment(device) | {"minutes": minutes})
         print(f"{receipts.device_name(device)}, {minutes:g} minutes, results in {out}", flush=True)
-        ceilings = session.ask(_ceilings, device)
-        if ceilings:
+        try:
+            ceilings = session.worker.ask(min(PATIENCE, session.left()), _ceilings, device)
             _write(out / "ceilings.json", ceilings)
             print("ceilings:", ", ".join(f"{k} {v:.4g}" for k, v in ceilings.items()), flush=True)
-        _compile(session)
-        wrong = _checks(session)
-        measured = _measure(session, "workloads", "receipts.jsonl", 0.7)
-        _measure(session, "tilings", "tiles.jsonl", 1.0)
+        except (RuntimeError, TimeoutError) as error:
+            session.report("ceilings", str(error))
+        for stage in STAGES:
+            _run_stage(session, stage)
     finally:
         session.worker.stop()
-    print(f"\n{60 * minutes - session.left():.0f} s; {wrong} wrong, {measured} workloads measured")
-    print("ratio: how many times faster ours is than the best baseline")
-    print(ROW.format("workload", "ours", "best baseline", "ratio", "variants and bounds, their time over ours"))
+    print(f"\n{60 * minutes - session.left():.0f} s; {session.wrong} wrong, {session.measured} measured")
+    print("ratio: time of the best baseline / ours")
+    print(ROW.format("workload", "ours", "best baseline", "ratio", "variants and bounds: their time / ours"))
     print("\n".join(session.rows))
-    return int(wrong > 0 or measured == 0)
+    return int(session.wrong > 0 or session.measured == 0)
 
 
-def _checks(session: Session) -> int:
-    """Every op at its smallest shapes, against float64 and against its own bits; how many are wrong."""
-    wrong = 0
-    for name in session.names("workloads", "tiny"):
-        found = session.ask(_check, "workloads", session.device, "tiny", name)
-        if found is None or "ours" in found["failed"]:
-            wrong += 1
-        if found:
-            receipts.append(found, session.out / "checks.jsonl")
-            for contender, why in found["failed"].items():
-                session.report(f"{name}: {contender}", why)
-    print(f"checked: {wrong} wrong", flush=True)
-    return wrong
-
-
-def _compile(session: Session) -> None:
-    """Run everything once in parallel processes, to warm the compilers' caches on disk; failures show later."""
-    lists = dict.fromkeys([("workloads", "tiny"), *((kind, session.size) for kind in LISTS)])
-    tasks = [(kind, size, name) for kind, size in lists for name in session.names(kind, size)]
-    workers = [Worker() for _ in range(min(8, max(1, (os.cpu_count() or 2) // 2), len(tasks)))]
-    end = time.monotonic() + COMPILING * 60 * session.minutes
-
-    def drain(worker: Worker) -> None:
-        while tasks and (left := end - time.monotonic()) > 1:
-            kind, size, name = tasks.pop(0)
-            try:
-                worker.ask(left, _run_once, kind, session.device, size, name)
-            except RuntimeError:
-                pass
-        worker.stop()
-
-    with ThreadPoolExecutor(len(workers) or 1) as pool:
-        list(pool.map(drain, workers))
-    print(f"compiled, {len(tasks)} left to be compiled when they are measured", flush=True)
-
-
-def _measure(session: Session, kind: str, file: str, share: float) -> int:
-    """Measure a list, or as much of it as fits in `share` of the time that is left; how many were."""
-    reserved = (1 - share) * session.left()
-    names = session.names(kind, session.size)
-    names = [name for i in range(3) for name in names[i::3]]  # a run cut short has still seen every size
-    seconds = min(4.0, max(0.2, share * session.left() / (2 * len(names) + 1)))  # as much again for checks and memory
-    measured = 0
+def _run_stage(session: Session, stage: Stage) -> None:
+    names = session.names(stage)
+    if not names:
+        return
+    names = [name for i in range(3) for name in names[i::3]]  # all sizes are seen even if time runs out
+    allowed = stage.share * session.left()
+    end = time.monotonic() + allowed
+    print(f"\n{stage.title}: {len(names)} workloads, {allowed:.0f} s", flush=True)
+    _compile(session, stage, names, COMPILING * allowed)
+    seconds = min(4.0, max(0.2, (end - time.monotonic()) / (2 * len(names) + 1)))  # as long again for the check
     for i, name in enumerate(names):
-        if session.left() < max(5, reserved):
-            print(f"out of time: {len(names) - i} {kind} not reached", flush=True)
+        if session.left() < 2 or (i and time.monotonic() > end):
+            print(f"out of time: {len(names) - i} not reached", flush=True)
             break
-        found = session.ask(_timed, kind, session.device, session.size, name, seconds)
-        if found is None:
+        # a workload may exceed the stage's time, but leaves most of the session's to later stages
+        patience = min(PATIENCE, max(end - time.monotonic(), session.left() / 3))
+        answer = _ask(session, stage, name, seconds, patience)
+        if answer is None:
             continue
-        receipts.append(found, session.out / file)
+        found, wrong = answer
+        session.wrong += wrong
+        receipts.append(found | {"stage": stage.title}, session.out / stage.file)
         for contender, why in found["failed"].items():
             session.report(f"{name}: {contender}", why)
         if "p50" in found:
-            measured += 1
+            session.measured += 1
             session.rows.append(_row(name, found))
             print(session.rows[-1], flush=True)
-    return measured
+
+
+def _ask(
+    session: Session, stage: Stage, name: str, seconds: float, patience: float
+) -> tuple[dict[str, Any], bool] | None:
+    """The receipt of one workload and whether anything of ours is wrong, or None without a receipt.
+
+    A contender that costs the device is left out at the next attempt.
+    """
+    lost: dict[str, str] = {}
+    for _ in range(ATTEMPTS):
+        try:
+            return session.worker.ask(
+                patience, _answer, stage.kind, stage.tf32, session.device, session.size, name, seconds, lost
+            )
+        except DeviceLost as error:
+            lost[error.contender] = error.why
+            if error.contender == "ours":
+                break
+        except TimeoutError as error:
+            session.wrong += patience == PATIENCE  # else time may have been too short
+            session.report(name, str(error))
+            return None
+        except RuntimeError as error:
+            session.wrong += 1
+            session.report(name, str(error))
+            return None
+    session.wrong += 1
+    for contender, why in lost.items():
+        session.report(f"{name}: {contender}", why)
+    return None
+
+
+def _compile(session: Session, stage: Stage, names: list[str], seconds: float) -> None:
+    """Run ours and its variants once in parallel processes, to fill the compilers' caches on disk.
+
+    Failures are reported when the workload is measured. Baselines are left to the measurement: several at full size
+    do not fit in a GPU's memory.
+    """
+    tasks = list(names)
+    workers = [Worker() for _ in range(min(8, max(1, (os.cpu_count() or 2) // 2), len(tasks)))]
+    end = time.monotonic() + seconds
+
+    def drain(worker: Worker) -> None:
+        while tasks and (left := end - time.monotonic()) > 1:
+            try:
+                worker.ask(left, _run_ours, stage.kind, stage.tf32, session.device, session.size, tasks.pop(0))
+            except (RuntimeError, TimeoutError):
+                pass
+        worker.stop()
+
+    if session.device.type == "cuda":  # there is nothing to compile for the interpreter
+        with ThreadPoolExecutor(len(workers)) as pool:
+            list(pool.map(drain, workers))
+        print(f"compiled, {len(tasks)} left", flush=True)
 
 
 def _row(name: str, found: dict[str, Any]) -> str:
@@ -160,15 +230,16 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-# What the worker does.
+# Functions that workers call.
 
 
-def _find(kind: str, device: torch.device, size: str, name: str) -> Workload:
+def _find(kind: str, tf32: bool, device: torch.device, size: str, name: str) -> Workload:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return next(w for w in LISTS[kind](device, size) if str(w) == name)
 
 
 def _ceilings(device: torch.device) -> dict[str, float]:
-    """What the device can do: bytes copied a second, read and written both counted, and products a second."""
+    """Bytes copied per second, reads and writes both counted, and FLOPs per second of a large product."""
     n, copied = (8192, 1 << 30) if device.type == "cuda" else (256, 1 << 22)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -182,23 +253,30 @@ def _ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def _check(kind: str, device: torch.device, size: str, name: str) -> dict[str, Any]:
-    return receipts.receipt(check(_find(kind, device, size, name), seed=1, repeats=REPEATS), device)
-
-
-def _run_once(kind: str, device: torch.device, size: str, name: str) -> None:
-    workload = _find(kind, device, size, name)
-    inputs = workload.inputs(0)
-    for contender in (workload.ours, *workload.variants.values(), *workload.baselines.values()):
-        try:
-            contender(*inputs)()
-        except Exception as error:  # measured later, and reported then
-            print(f"{name}: {error!s:.100}", flush=True)
-        torch.cuda.empty_cache()  # several processes do this at once
-
-
-def _timed(kind: str, device: torch.device, size: str, name: str, seconds: float) -> dict[str, Any]:
+def _answer(
+    kind: str, tf32: bool, device: torch.device, size: str, name: str, seconds: float, lost: dict[str, str]
+) -> tuple[dict[str, Any], bool]:
+    """The receipt of a workload without the `lost` contenders, and whether ours or a variant is wrong."""
     torch.cuda.empty_cache()
-    return receipts.receipt(
-        measure(_find(kind, device, size, name), device, seed=2, seconds=seconds, repeats=3), device
+    workload = _find(kind, tf32, device, size, name)
+    rest = dataclasses.replace(
+        workload,
+        baselines={n: c for n, c in workload.baselines.items() if n not in lost},
+        variants={n: c for n, c in workload.variants.items() if n not in lost},
+        bounds={n: c for n, c in workload.bounds.items() if n not in lost},
     )
+    if kind == "smallest" or (kind == "tilings" and device.type == "cpu"):  # interpreted tiles are not timed
+        result = check(rest, seed=1, repeats=REPEATS if device.type == "cuda" else 2)
+    else:
+        result = measure(rest, device, seed=2, seconds=seconds, repeats=3)
+    result.failed |= lost
+    wrong = any(n == "ours" or n in workload.variants for n in result.failed)
+    return receipts.receipt(result, device), wrong
+
+
+def _run_ours(kind: str, tf32: bool, device: torch.device, size: str, name: str) -> None:
+    workload = _find(kind, tf32, device, size, name)
+    inputs = workload.inputs(0)
+    for contender in (workload.ours, *workload.variants.values()):
+        contender(*inputs)()
+        torch.cuda.empty_cache()  # other processes use the same GPU

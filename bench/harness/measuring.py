@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.harness.timing import Timing, interleaved, peak_memory
+from bench.harness.worker import DeviceLost, synchronise
 from bench.harness.workload import Contender, Run, Tensors, Workload
 from bilinear_ops.testing import assert_no_worse
 
@@ -87,18 +88,24 @@ def _checked(result: Result, inputs: Tensors, repeats: int) -> dict[str, Run]:
 
 @contextmanager
 def _reporting(result: Result, name: str) -> Iterator[None]:
-    """Record an exception as the contender's failure."""
+    """Record an exception as the contender's failure. Raises DeviceLost if the GPU does not work afterwards."""
     try:
         yield
+        synchronise()
     except Exception as error:
-        result.failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        try:
+            synchronise()
+        except Exception:
+            raise DeviceLost(name, why) from error
+        result.failed[name] = why
 
 
 @contextmanager
 def _poisoned_memory(poisoned: bool) -> Iterator[None]:
     """Let PyTorch fill new allocations with NaN, so that unwritten elements fail the check."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(poisoned or before[0], warn_only=True)
+    torch.use_deterministic_algorithms(poisoned, warn_only=True)
     try:
         yield
     finally:

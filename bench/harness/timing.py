@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.harness.workload import Run, Tensors
+from bench.harness.workload import Run
 
 FLUSH_BYTES = 256 << 20  # written before every timed run on a GPU: more than any L2 cache holds
-GRAPH_BELOW = 50e-6  # seconds; shorter work is replayed from a CUDA graph, so that launches are not what is timed
+LEAD, LONGEST_LEAD = 1e-3, 50e-3  # seconds that a GPU sleeps before a timed run, while the host launches it
+CALIBRATION = 10_000_000  # clocks of the sleep that is timed to learn the GPU's clock rate
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ def interleaved(
     clock, how = _cpu_clock()
     if device.type == "cuda":
         clock, how = _gpu_clock(device), "GPU events, L2 flushed"
-        if min(clock(run) for run in runs.values()) < GRAPH_BELOW and (graphs := _graphs(runs)):
-            runs, how = graphs, "GPU events around graph replays, L2 flushed"
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     done = 0
@@ -84,38 +82,42 @@ def _cpu_clock() -> tuple[Callable[[Run], float], str]:
 
 
 def _gpu_clock(device: torch.device) -> Callable[[Run], float]:
+    """Time on the device, without the host's: the device sleeps until the host has launched all of the run.
+
+    A run whose launches take longer than the sleep is repeated with a longer one. A run that waits for the device
+    itself never gets there, and its waits are counted.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    leads: dict[Run, float] = {}
+
+    def sleep(clocks: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        torch.cuda._sleep(int(clocks))
+        after.record()
+        return before, after
+
+    for _ in range(2):  # the first warms up
+        before, after = sleep(CALIBRATION)
+        after.synchronize()
+    rate = CALIBRATION / (before.elapsed_time(after) / 1e3)  # clocks per second
 
     def clock(run: Run) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # meanwhile the host gets ahead, so that its share of the work is hidden as in a training loop
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        while True:
+            lead = leads.get(run, LEAD)
+            flush.zero_()
+            begun = time.perf_counter()
+            _, start = sleep(lead * rate)
+            run()
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            launched = time.perf_counter() - begun
+            end.synchronize()
+            if launched < lead or lead == LONGEST_LEAD:
+                return start.elapsed_time(end) / 1e3
+            leads[run] = min(2 * launched, LONGEST_LEAD)
 
     return clock
-
-
-def _graphs(runs: dict[str, Run]) -> dict[str, Run] | None:
-    """The runs as graph replays, or None where one of them cannot be captured: all are timed the same way."""
-    graphs: dict[str, Run] = {}
-    try:
-        for name, run in runs.items():
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            graphs[name] = partial(_replay, graph)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graphs
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> Tensors:
-    graph.replay()
-    return ()
 
 
 def peak_memory(run: Run, device: torch.device) -> int:

@@ -8,6 +8,25 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
+
+class DeviceLost(RuntimeError):
+    """A CUDA error after which every later call in the process fails; `contender` ran when it appeared."""
+
+    def __init__(self, contender: str, why: str):
+        super().__init__(contender, why)
+        self.contender, self.why = contender, why
+
+    def __str__(self) -> str:
+        return f"{self.contender}: {self.why}"
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if this process uses one. Raises what earlier launches left, here or for good."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
 
 class Worker:
     """Calls module-level functions in another process; restarts the process after a crash, a hang or a CUDA error."""
@@ -17,7 +36,11 @@ class Worker:
         self._pipe: Any = None
 
     def ask(self, timeout: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return function(*arguments). Raises RuntimeError if it raises, dies or exceeds `timeout` seconds."""
+        """Return function(*arguments).
+
+        Raises RuntimeError if the function raises or its process dies, DeviceLost as it is, and TimeoutError after
+        `timeout` seconds.
+        """
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -25,18 +48,19 @@ class Worker:
             self._process.start()
             theirs.close()
         self._pipe.send((function, arguments))
-        try:
-            if not self._pipe.poll(max(timeout, 0)):
-                raise RuntimeError(f"no answer within {timeout:.0f} s")
-            right, found = self._pipe.recv()
-        except (EOFError, OSError, RuntimeError) as error:
+        if not self._pipe.poll(max(timeout, 0)):
             self.stop()
-            raise RuntimeError(str(error) or "the process died") from error
-        if not right:
-            if "CUDA error" in found or "HIP error" in found:  # the error is sticky: every later call would fail
-                self.stop()
-            raise RuntimeError(found)
-        return found
+            raise TimeoutError(f"no answer within {timeout:.0f} s")
+        try:
+            answer, error, usable = self._pipe.recv()
+        except (EOFError, OSError) as gone:
+            self.stop()
+            raise RuntimeError("the process died") from gone
+        if not usable:
+            self.stop()
+        if error is not None:
+            raise error
+        return answer
 
     def stop(self) -> None:
         if self._process is not None:
@@ -52,9 +76,22 @@ def _serve(pipe: Connection) -> None:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        answer, error, usable = None, None, True
         try:
-            answer = (True, function(*arguments))
-        except Exception as error:
+            answer = function(*arguments)
+            synchronise()  # an error of these launches must not be blamed on the next call
+        except Exception as raised:
             traceback.print_exc()
-            answer = (False, f"{type(error).__name__}: {str(error).strip()}")
-        pipe.send(answer)
+            lost = isinstance(raised, DeviceLost)
+            error = raised if lost else RuntimeError(f"{type(raised).__name__}: {str(raised).strip()}")
+            usable = not lost and _usable()
+        pipe.send((answer, error, usable))
+
+
+def _usable() -> bool:
+    """Whether the GPU still works in this process."""
+    try:
+        synchronise()
+    except Exception:
+        return False
+    return True

@@ -183,6 +183,15 @@ def workloads(device: torch.device, size: str, impl: str = "auto", only: str = "
     return [w for family in families() for w in family.workloads(device, size, impl) if only in str(w)]
 
 
+def smallest(device: torch.device) -> list[Workload]:
+    """Every kernel at its smallest shapes; empty if the kernels cannot run on `device`."""
+    if why_not_triton(torch.empty(0, device=device)) is not None:
+        return []
+    from bench.static import smallest
+
+    return smallest.workloads(device)
+
+
 def tilings(device: torch.device, size: str, only: str = "") -> list[Workload]:
     """The tilings of all families whose name contains `only`; empty if the kernels cannot run on `device`."""
     if why_not_triton(torch.empty(0, device=device)) is not None:
