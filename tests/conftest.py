@@ -1,10 +1,9 @@
-"""The suite runs on any machine: kernels are interpreted unless the GPU tests are asked for."""
+"""The suite runs on any machine: kernels are interpreted unless GPU tests alone are asked for."""
 
 import os
-import sys
+from collections import defaultdict
+from collections.abc import Generator
 
-if "gpu" not in sys.argv:  # as in `pytest -m gpu`
-    os.environ["TRITON_INTERPRET"] = "1"
 # a backward traced before a change of our ops' schemas would be replayed
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
@@ -14,6 +13,38 @@ import torch
 import bilinear_ops.gated
 
 torch.set_num_threads(1)
+
+
+def interprets(expression: str) -> bool:
+    """Whether tests that need no GPU are selected, or none that need one: not so for `-m "gpu and not slow"`."""
+
+    def selects(**marks: bool) -> bool:
+        return bool(eval(expression or "True", {"__builtins__": {}}, defaultdict(bool, marks)))
+
+    return selects() or not selects(gpu=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if interprets(config.option.markexpr):
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A GPU test launches a kernel on the device, or fails."""
+    if item.get_closest_marker("gpu") is None:
+        return (yield)
+    from triton import knobs
+
+    assert not knobs.runtime.interpret, 'GPU tests need `-m gpu` or `-m "gpu and not slow"`: this session interprets'
+    launches: list[object] = []
+    knobs.runtime.launch_enter_hook.add(launches.append)
+    try:
+        result = yield
+    finally:
+        knobs.runtime.launch_enter_hook.remove(launches.append)
+    assert launches, "no kernel was launched on the device"
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,15 @@
-"""What only a GPU can show, `pytest -m gpu` on a machine that has one; the same functions run interpreted without."""
+"""Tests for a GPU, `pytest -m gpu`; where a test makes sense interpreted, it runs on a CPU too."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_gated import DTYPES, assert_right, inputs
+from conftest import interprets, pytest_runtest_call
+from test_gated import DTYPES, assert_right, inputs, mlp
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -16,7 +20,7 @@ from bench.harness.workload import Run, Workload, workloads
 from bench.static import smallest
 from bilinear_ops import reference
 from bilinear_ops.gated import ACTIVATIONS
-from bilinear_ops.testing import assert_no_worse, randn
+from bilinear_ops.testing import assert_no_worse, gradients, randn
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 ON_BOTH = pytest.mark.parametrize("device", ("cpu", GPU))
@@ -39,9 +43,9 @@ def test_every_kernel_is_right_and_repeats_its_bits(name, device):
 
 
 @ON_GPU
-@pytest.mark.parametrize("name", [str(w) for w in workloads(torch.device("cuda"), "tiny")])
+@pytest.mark.parametrize("name", [str(w) for w in workloads(torch.device("cuda"), "tiny", "triton")])
 def test_every_benched_op_is_right_and_repeats_its_bits(name, device):
-    (workload,) = (w for w in workloads(torch.device(device), "tiny") if str(w) == name)
+    (workload,) = (w for w in workloads(torch.device(device), "tiny", "triton") if str(w) == name)
     assert not check(workload, seed=1, repeats=20).failed
 
 
@@ -117,6 +121,7 @@ def test_mixed_devices_are_refused(wrong, device):
         options = {bo.interaction_topk: {"n": 1}, bo.stochastic_rank1_linear: {"seed": 0}}.get(op, {})
         with pytest.raises(RuntimeError, match=rf"must be on the device of .*{other if wrong else device}"):
             op(*tensors, **options, impl="triton")
+    bo.interaction_matrices(*(randn(*s).to(device) for s in calls[bo.interaction_matrices]), impl="triton")
 
 
 def test_mixed_devices_of_indices():
@@ -225,4 +230,125 @@ def test_tuning(device, tmp_path, monkeypatch):
     bo.gated_bilinear(x, w, w, impl="triton")  # compiles the table's tile
     monkeypatch.setenv("BILINEAR_OPS_TUNE", "1")
     monkeypatch.setattr(tuning, "seconds", lambda *a: pytest.fail("measured"))
-    replayed(lambda: (bo.gated_bilinear(x, w, w, impl="triton"),), device)
+    replayed(lambda: (bo.gated_bilinear(x, w, w, impl="triton"),))
+
+
+# Ways into the kernels that tests on CPU tensors with impl="torch" do not take.
+
+TRAINED = (40, 24, 48, 16)  # m, d, h, o
+
+
+def assert_trains(fn: Callable[..., Tensor], eager: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    """Values and gradients of `fn` no worse than those of `eager`."""
+    dy = randn(TRAINED[0], TRAINED[3]).to(tensors[0].device)
+    dy = dy.to(eager(*tensors).dtype)
+    gold = gradients(mlp(reference, "silu"), [t.double() for t in tensors], dy.double())
+    for ours, theirs, exact in zip(gradients(fn, tensors, dy), gradients(eager, tensors, dy), gold, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_no_worse(ours, theirs, exact)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiled(dtype, device):
+    tensors = [t.to(device) for t in inputs(*TRAINED, dtype)]
+    compiled = torch.compile(
+        mlp(bo, "silu", impl="triton"), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
+    assert_trains(compiled, mlp(reference, "silu"), tensors)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("allowed", (False, True))
+def test_tf32(allowed, device):
+    """Not asked for, products keep float32's accuracy; asked for, they lose no more than PyTorch's own."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        tensors = [t.to(device) for t in inputs(*TRAINED, torch.float32)]
+        assert_trains(mlp(bo, "silu", impl="triton"), mlp(reference, "silu"), tensors)
+    finally:
+        matmul.allow_tf32 = before
+
+
+@ON_BOTH
+def test_autocast(device):
+    def casting(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*tensors: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return fn(*tensors)
+
+        return call
+
+    tensors = [t.to(device) for t in inputs(*TRAINED, torch.float32, bias=False)[:4]]
+    ours, eager = casting(mlp(bo, "silu", impl="triton")), casting(mlp(reference, "silu"))
+    assert ours(*tensors).dtype == torch.bfloat16
+    assert_trains(ours, eager, tensors)
+
+
+FIRST_IN_CAPTURE = """
+import torch, bilinear_ops as bo
+x, w, v = (torch.ones(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+graph = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(graph):
+        y = bo.gated_bilinear(x, w, v, impl="triton")
+except RuntimeError as error:
+    print("refused:", error)
+else:
+    y.zero_()
+    graph.replay()
+    print("replayed:", (y == 64 * 64).all().item())
+"""
+
+
+@ON_GPU
+def test_first_call_within_a_capture(device):
+    """Either the graph is right, or the error says that a capture is under way."""
+    done = subprocess.run([sys.executable, "-c", FIRST_IN_CAPTURE], capture_output=True, text=True, timeout=300)
+    assert "replayed: True" in done.stdout or ("refused:" in done.stdout and "captur" in done.stdout), done.stderr
+    x = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
+    warm = lambda: (bo.gated_bilinear(x, x, x, impl="triton"),)  # noqa: E731
+    warm()
+    assert (replayed(warm)[0] == 64 * 64).all()
+
+
+# The session itself.
+
+
+@pytest.mark.parametrize(
+    ("expression", "interpreted"),
+    (
+        ("", True),
+        ("not gpu and not slow", True),
+        ("slow", True),
+        ("not slow", True),
+        ("not (gpu or slow)", True),
+        ("gpu", False),
+        ("gpu and not slow", False),
+        ("gpu or slow", False),
+    ),
+)
+def test_gpu_tests_alone_are_not_interpreted(expression, interpreted):
+    assert interprets(expression) == interpreted
+
+
+def test_a_gpu_test_launches_kernels_on_the_device(monkeypatch):
+    from triton import knobs
+
+    def call(marker: object, launches: int) -> None:
+        running = pytest_runtest_call(SimpleNamespace(get_closest_marker=lambda name: marker))
+        next(running)
+        for _ in range(launches):
+            knobs.runtime.launch_enter_hook(None)
+        with pytest.raises(StopIteration):
+            running.send(None)
+
+    call(None, 0)
+    with pytest.raises(AssertionError, match="this session interprets"):
+        call(object(), 1)
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(AssertionError, match="no kernel was launched"):
+        call(object(), 0)
+    call(object(), 1)
+    assert not knobs.runtime.launch_enter_hook.calls
