@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.__main__ import main
 from bench.harness import gpu, measuring, receipts, timing, worker
 from bench.harness.worker import DeviceLost, Worker
-from bench.harness.workload import Contender, Workload, workloads
+from bench.harness.workload import Contender, Workload, tilings, workloads
 
 CPU = torch.device("cpu")
 PATIENCE = 300.0  # seconds for a process to start on a busy machine
@@ -87,9 +87,12 @@ def found(folder: Path, file: str) -> list[dict[str, Any]]:
 
 
 def test_correct_results_exit_zero(command: Callable[..., int], tmp_path: Path) -> None:
-    assert command(smallest=[RIGHT], tilings=[dataclasses.replace(RIGHT, op="gate_forward")], workloads=[RIGHT]) == 0
+    assert (
+        command(smallest=[RIGHT], tilings=[dataclasses.replace(RIGHT, op="gated_forward_kernel")], workloads=[RIGHT])
+        == 0
+    )
     assert [r["stage"] for r in found(tmp_path, "checks.jsonl")] == ["smallest shapes", "smallest shapes, TF32"]
-    assert [r["op"] for r in found(tmp_path, "tiles.jsonl")] == ["gate_forward"]
+    assert [r["op"] for r in found(tmp_path, "tiles.jsonl")] == ["gated_forward_kernel"]
     (receipt,) = found(tmp_path, "receipts.jsonl")
     assert receipt["p50"] > 0 and not (tmp_path / "failures.txt").exists()
 
@@ -104,7 +107,7 @@ def test_a_wrong_result_exits_with_one(kind: str, role: str, command: Callable[.
         "raises": {"ours": raising(RuntimeError("no such tile"))},
     }[role]
     lists = {k: [RIGHT] for k in gpu.LISTS}
-    lists["tilings"] = [dataclasses.replace(RIGHT, op="gate_forward")]
+    lists["tilings"] = [dataclasses.replace(RIGHT, op="gated_forward_kernel")]
     lists[kind] = [*lists[kind], dataclasses.replace(lists[kind][0], case="silu, wrong", **change)]
     assert command(**lists) == 1
     assert "silu, wrong" in (tmp_path / "failures.txt").read_text()
@@ -210,10 +213,15 @@ def test_stages_hold_every_workload_once() -> None:
     assert sorted(map(str, itertools.chain(*chosen))) == sorted(listed)
     assert all(w.case.startswith(("identity", "silu")) for w in chosen[0] if w.op == "gated_mlp")
     assert {w.op for w in chosen[2]} == set(gpu.DECOMPOSITIONS)
-    tiles = [stage for stage in gpu.STAGES if stage.kind == "tilings"]
-    for op in ("gate_forward", "gate_backward", "interaction", "mask"):
-        (stage,) = (s for s in tiles if s.selects(dataclasses.replace(RIGHT, op=op)))
-        assert stage.title.split()[0] == {"gate": "gated", "inte": "interaction", "mask": "other"}[op[:4]]
+
+
+def test_stages_hold_every_tiling_once() -> None:
+    pytest.importorskip("triton")
+    stages = {s.title: [w.op for w in tilings(CPU, "tiny") if s.selects(w)] for s in gpu.STAGES if s.kind == "tilings"}
+    gated, interaction, other = stages.values()
+    assert list(stages)[0].startswith("gated") and gated and all("gated" in op for op in gated)
+    assert list(stages)[1].startswith("interaction") and interaction and all("interaction" in op for op in interaction)
+    assert sorted([*gated, *interaction, *other]) == sorted(w.op for w in tilings(CPU, "tiny"))
 
 
 def test_decompositions_run_on_request_only(command: Callable[..., int], tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def _first(w: Workload) -> bool:
 STAGES = (
     Stage("smallest shapes", "smallest", "checks.jsonl", 0.25, lambda w: True),
     Stage("smallest shapes, TF32", "smallest", "checks.jsonl", 0.05, lambda w: w.dtype == torch.float32, tf32=True),
-    Stage("gated tiles", "tilings", "tiles.jsonl", 0.25, lambda w: w.op.startswith("gate")),
+    Stage("gated tiles", "tilings", "tiles.jsonl", 0.25, lambda w: w.op.startswith("gated")),
     Stage("interaction tiles", "tilings", "tiles.jsonl", 0.25, lambda w: w.op.startswith("interaction")),
     Stage("gated and rank-1 workloads", "workloads", "receipts.jsonl", 0.6, _first),
-    Stage("other tiles", "tilings", "tiles.jsonl", 0.2, lambda w: not w.op.startswith(("gate", "interaction"))),
+    Stage("other tiles", "tilings", "tiles.jsonl", 0.2, lambda w: not w.op.startswith(("gated", "interaction"))),
     Stage(
         "other workloads", "workloads", "receipts.jsonl", 1.0, lambda w: not _first(w) and w.op not in DECOMPOSITIONS
     ),
