@@ -12,7 +12,7 @@ import torch
 import bilinear_ops as bo
 from bench import claims, report
 from bench.__main__ import main
-from bench.harness import receipts
+from bench.harness import receipts, svg
 from bench.harness.measuring import measure
 from bench.harness.timing import peak_memory
 from bench.harness.worker import Worker
@@ -224,3 +224,15 @@ def test_a_worker_outlives_the_death_of_its_process() -> None:
         assert worker.ask(300, max, 1, 2) == 2
     finally:
         worker.stop()
+
+
+@pytest.mark.parametrize("better_above", (False, True))
+def test_bars_start_at_one_and_show_their_side(better_above: bool) -> None:
+    ratios = [("double", 2.0, ""), ("half", 0.5, ""), ("fourfold", 4.0, "")]
+    chart = svg.ratio_chart("title", "axis", ratios, better_above)
+    (one,) = re.findall(r'<line x1="([\d.]+)" .* stroke="#000000"', chart)
+    bars = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)" height="\d+" fill="(#\w+)"', chart)
+    (x2, w2, c2), (x_half, w_half, c_half), (x4, w4, _) = bars
+    assert x2 == x4 == one and float(x_half) + float(w_half) == pytest.approx(float(one), abs=0.15)
+    assert float(w2) == pytest.approx(float(w_half), abs=0.15) == pytest.approx(float(w4) / 2, abs=0.15)  # logarithmic
+    assert (c2, c_half) == ((svg.BETTER, svg.WORSE) if better_above else (svg.WORSE, svg.BETTER))
