@@ -18,6 +18,7 @@ from bilinear_ops.interaction import (
     unpack_symmetric,
 )
 from bilinear_ops.rank1 import (
+    component_gates,
     faithfulness_loss,
     importance_minimality,
     lower_leaky_hard_sigmoid,
@@ -41,6 +42,7 @@ __all__ = [
     "TopInteractions",
     "active_interactions",
     "analysis",
+    "component_gates",
     "eigen_form",
     "faithfulness_loss",
     "gated_bilinear",

@@ -1,6 +1,7 @@
 """Rank-1 subcomponents of linear maps: the third family of ops."""
 
 from bilinear_ops.rank1.accumulate import rank1_accumulate
+from bilinear_ops.rank1.gates import component_gates
 from bilinear_ops.rank1.losses import (
     faithfulness_loss,
     importance_minimality,
@@ -12,6 +13,7 @@ from bilinear_ops.rank1.masks import stochastic_delta, stochastic_mask
 from bilinear_ops.rank1.sparse import rank1_sparse
 
 __all__ = [
+    "component_gates",
     "faithfulness_loss",
     "importance_minimality",
     "lower_leaky_hard_sigmoid",

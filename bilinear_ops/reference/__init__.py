@@ -25,6 +25,7 @@ from bilinear_ops.reference.interaction import (
     unpack_symmetric,
 )
 from bilinear_ops.reference.rank1 import (
+    component_gates,
     faithfulness_loss,
     importance_minimality,
     lower_leaky_hard_sigmoid,
@@ -39,6 +40,7 @@ from bilinear_ops.reference.rank1 import (
 
 __all__ = [
     "active_interactions",
+    "component_gates",
     "eigen_form",
     "faithfulness_loss",
     "gated_bilinear",
