@@ -20,14 +20,18 @@ from bilinear_ops.interaction import (
 from bilinear_ops.rank1 import (
     component_gates,
     faithfulness_loss,
+    frequency_penalty,
     importance_minimality,
     lower_leaky_hard_sigmoid,
+    pooled_faithfulness_loss,
     rank1_accumulate,
     rank1_linear,
     rank1_sparse,
+    smooth_l0,
     stochastic_delta,
     stochastic_mask,
     stochastic_rank1_linear,
+    subset_routing,
     upper_leaky_hard_sigmoid,
 )
 from bilinear_ops.results import ActiveInteractions, Directions, InteractionMoments, TopInteractions
@@ -36,6 +40,10 @@ from bilinear_ops.tuning import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "frequency_penalty",
+    "pooled_faithfulness_loss",
+    "smooth_l0",
+    "subset_routing",
     "ActiveInteractions",
     "Directions",
     "InteractionMoments",
