@@ -29,6 +29,7 @@ from bilinear_ops.rank1 import (
     rank1_sparse,
     smooth_l0,
     stochastic_delta,
+    stochastic_gated_mlp,
     stochastic_mask,
     stochastic_rank1_linear,
     subset_routing,
@@ -40,6 +41,7 @@ from bilinear_ops.tuning import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "stochastic_gated_mlp",
     "frequency_penalty",
     "pooled_faithfulness_loss",
     "smooth_l0",

@@ -1,6 +1,7 @@
 """Rank-1 subcomponents of linear maps: the third family of ops."""
 
 from bilinear_ops.rank1.accumulate import rank1_accumulate
+from bilinear_ops.rank1.gated import stochastic_gated_mlp
 from bilinear_ops.rank1.gates import component_gates
 from bilinear_ops.rank1.losses import (
     faithfulness_loss,
@@ -16,6 +17,7 @@ from bilinear_ops.rank1.masks import stochastic_delta, stochastic_mask, subset_r
 from bilinear_ops.rank1.sparse import rank1_sparse
 
 __all__ = [
+    "stochastic_gated_mlp",
     "frequency_penalty",
     "pooled_faithfulness_loss",
     "smooth_l0",

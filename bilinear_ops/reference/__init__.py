@@ -36,6 +36,7 @@ from bilinear_ops.reference.rank1 import (
     rank1_sparse,
     smooth_l0,
     stochastic_delta,
+    stochastic_gated_mlp,
     stochastic_mask,
     stochastic_rank1_linear,
     subset_routing,
@@ -43,6 +44,7 @@ from bilinear_ops.reference.rank1 import (
 )
 
 __all__ = [
+    "stochastic_gated_mlp",
     "frequency_penalty",
     "pooled_faithfulness_loss",
     "smooth_l0",

@@ -1,6 +1,7 @@
 """Rank-1 subcomponents as the papers write them: plain, differentiable PyTorch (docs/math.md 3; [SPD])."""
 
 from bilinear_ops.reference.rank1.accumulate import rank1_accumulate
+from bilinear_ops.reference.rank1.gated import stochastic_gated_mlp
 from bilinear_ops.reference.rank1.gates import component_gates
 from bilinear_ops.reference.rank1.losses import (
     faithfulness_loss,
@@ -16,6 +17,7 @@ from bilinear_ops.reference.rank1.masks import stochastic_delta, stochastic_mask
 from bilinear_ops.reference.rank1.sparse import rank1_sparse
 
 __all__ = [
+    "stochastic_gated_mlp",
     "frequency_penalty",
     "pooled_faithfulness_loss",
     "smooth_l0",
