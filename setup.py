@@ -17,6 +17,7 @@ setup(
         "bilinear_ops.kernels",
         "bilinear_ops.kernels.interaction",
         "bilinear_ops.kernels.rank1",
+        "bilinear_ops.nn",
         "bilinear_ops.rank1",
         "bilinear_ops.reference",
         "bilinear_ops.reference.interaction",

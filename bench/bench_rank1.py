@@ -37,6 +37,14 @@ ACCUMULATED = {  # (samples, rows, d_out, d_in, C)
     "quick": (4, 256, 94, 96, 192),
     "full": (4, 2209, 94, 96, 192),
 }
+GATES = {  # (tokens, C, hidden units of each gate network)
+    ("cpu", "tiny"): (33, 24, 5),
+    ("cpu", "quick"): (512, 768, 16),
+    ("cpu", "full"): (4096, 768, 16),
+    ("cuda", "tiny"): (33, 24, 5),
+    ("cuda", "quick"): (4096, 768, 16),
+    ("cuda", "full"): (32768, 3072, 16),
+}
 SEED = 1
 Drawn = tuple[Tensor, Tensor]  # uniforms of masks and deltas: [S, M, C] and [S, M]
 
@@ -53,6 +61,7 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
                 yield _sparse(device, impl, dtype, *shape, density, backward)
     if impl != "triton":  # library calls only
         yield _accumulate(device, *ACCUMULATED[size])
+        yield _gates(device, *GATES[device.type, size])
 
 
 def _stochastic(
@@ -211,6 +220,26 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
         baselines={"eager": forward(einsum)},
         flops=2 * samples * rows * c * d_out * d_in,
         bytes=4 * (samples * rows * (c + d_out * d_in) + c * (d_in + d_out)),
+    )
+
+
+def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
+    def einsum(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        units = torch.nn.functional.gelu(torch.einsum("mc,ch->mch", acts, w1) + b1)
+        return torch.einsum("mch,ch->mc", units, w2) + b2
+
+    weights = (((c, hidden), 1.0),) * 3
+    return Workload(
+        op="component_gates",
+        case="step",
+        shape={"m": m, "C": c, "H": hidden},
+        dtype=torch.float32,
+        inputs=draw(device, torch.float32, ((m, c), 1.0), *weights, ((c,), 1.0), ((m, c), 1.0)),
+        reference=training_step(einsum),  # torch.compile's form of it sums the gradients too inaccurately to compare
+        ours=training_step(bo.component_gates),
+        baselines={"eager": training_step(einsum)},
+        flops=14 * m * c * hidden,
+        bytes=4 * (4 * m * c + 6 * c * hidden),
     )
 
 

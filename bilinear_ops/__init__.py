@@ -18,15 +18,21 @@ from bilinear_ops.interaction import (
     unpack_symmetric,
 )
 from bilinear_ops.rank1 import (
+    component_gates,
     faithfulness_loss,
+    frequency_penalty,
     importance_minimality,
     lower_leaky_hard_sigmoid,
+    pooled_faithfulness_loss,
     rank1_accumulate,
     rank1_linear,
     rank1_sparse,
+    smooth_l0,
     stochastic_delta,
+    stochastic_gated_mlp,
     stochastic_mask,
     stochastic_rank1_linear,
+    subset_routing,
     upper_leaky_hard_sigmoid,
 )
 from bilinear_ops.results import ActiveInteractions, Directions, InteractionMoments, TopInteractions
@@ -35,12 +41,18 @@ from bilinear_ops.tuning import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "stochastic_gated_mlp",
+    "frequency_penalty",
+    "pooled_faithfulness_loss",
+    "smooth_l0",
+    "subset_routing",
     "ActiveInteractions",
     "Directions",
     "InteractionMoments",
     "TopInteractions",
     "active_interactions",
     "analysis",
+    "component_gates",
     "eigen_form",
     "faithfulness_loss",
     "gated_bilinear",

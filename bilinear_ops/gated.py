@@ -60,6 +60,7 @@ def gated_mlp(
     activation: str = "identity",
     beta: float | Tensor = 1.0,
     recompute: bool = False,
+    mask: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """((x w^T + b_w) * act(x v^T + b_v)) p^T + b_p, the gated MLP of Llama-style transformers ([P] 2, [S]).
@@ -72,6 +73,7 @@ def gated_mlp(
         p: `[o, h]` down-projection.
         b_p: `[o]` its bias.
         recompute: keep only x, `d` elements a token, and compute the pre-activations again in backward.
+        mask: broadcasts to `[..., h]`, in any floating dtype: multiplies the hidden units, in float32 or better.
 
     Returns:
         `[..., o]`, contiguous, in x's dtype.
@@ -80,6 +82,10 @@ def gated_mlp(
         as `gated_bilinear`.
     """
     x, w, v, p, b_w, b_v, b_p = _op.autocast(x, w, v, p, b_w, b_v, b_p)
+    if mask is not None:
+        from bilinear_ops.rank1.gated import masked_gated_mlp  # which imports this module
+
+        return masked_gated_mlp(x, w, v, p, mask, b_w, b_v, b_p, activation, beta, recompute, impl)
     return _gated(x, w, v, p, b_w, b_v, b_p, activation, beta, recompute, impl)
 
 
@@ -105,7 +111,7 @@ def _gated(
         b_v=(b_v, "? h"),
         b_p=(b_p, "? o"),
     )
-    beta = _check_beta(beta, activation, x)
+    beta = check_beta(beta, activation, x)
     small = impl == "auto" and not recompute and _is_small(x, w)
     impl = _impl.resolve(impl, x)
     if small or _impl.needs_reference():
@@ -113,7 +119,7 @@ def _gated(
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y, _ = gated_op(rows, *tensors[:-1], _beta_tensor(beta, activation, x), activation, save, impl)
+    y, _ = gated_op(rows, *tensors[:-1], beta_tensor(beta, activation, x), activation, save, impl)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -122,7 +128,7 @@ def _is_small(x: Tensor, w: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() * w.shape[0] <= SMALL_ON_CPU and not torch.compiler.is_compiling()
 
 
-def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Tensor:
+def check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if isinstance(beta, Tensor):
@@ -141,7 +147,7 @@ def _check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Ten
     return beta
 
 
-def _beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | None:
+def beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | None:
     """A run-time number enters the op as a tensor: as a float it would recompile a compiled caller for every value.
 
     The product, unlike `torch.full`, is a form in which torch.compile keeps a float symbolic.

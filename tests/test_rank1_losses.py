@@ -99,6 +99,57 @@ def test_importance_minimality(pnorm, dtype):
     torch.testing.assert_close(bo.importance_minimality(gates[0, 0], pnorm=1.0, eps=0.0).to(dtype), gates[0, 0])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("relative", (False, True))
+def test_pooled_faithfulness(relative, impl):
+    """Several layers by their elements: neither the mean of means nor a function of their order."""
+    layers = [decomposition(70, 33, 5), decomposition(3, 40, 9)]
+    leaves = [[t.double().requires_grad_() for t in layer] for layer in layers]
+    residuals = [w - (r @ wr).t() for w, r, wr in leaves]
+    denominator = sum(w.square().sum() for w, _, _ in leaves) if relative else 70 * 33 + 3 * 40
+    expected = sum(r.square().sum() for r in residuals) / denominator
+    flat = [t for layer in layers for t in layer]
+
+    def pooled(module, **options):
+        return lambda *t: module.pooled_faithfulness_loss((t[:3], t[3:]), relative=relative, **options)
+
+    gradients = torch.autograd.grad(expected, [t for layer in leaves for t in layer])
+    for found in (
+        testing.gradients(pooled(bo, impl=impl), flat, torch.ones(())),
+        testing.gradients(pooled(bo.reference), flat, torch.ones(())),
+    ):
+        for got, wanted in zip(found, (expected.detach(), *gradients), strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert bo.pooled_faithfulness_loss([]).isnan()
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+def test_smooth_l0(dtype):
+    gates = torch.rand(2, 3, 5).to(dtype)
+    expected = torch.stack([g.double() ** 2 / (g.double() ** 2 + 0.01) for g in gates.flatten(0, 1)]).sum(0) / 6
+    result = bo.smooth_l0(gates, gamma=0.1)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bo.smooth_l0(torch.tensor([0.0, 0.1, 1e6]), gamma=0.1), torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_frequency_penalty():
+    """Both forms: with the number of tokens as scale that of the sums over them, or with a mean that is given."""
+    gates = torch.rand(12, 5, dtype=torch.float64, requires_grad=True)
+    frequencies = bo.importance_minimality(gates, pnorm=0.7)
+    powers = (gates + 1e-12) ** 0.7
+    expected = (powers.mean(0) * torch.log2(1 + powers.sum(0) * 2)).sum()  # two workers
+    loss = bo.frequency_penalty(frequencies, scale=24)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, gates)[0], torch.autograd.grad(expected, gates)[0])
+    running = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    f = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: bo.frequency_penalty(f, scale=7.0, running=running), f)
+    given = bo.frequency_penalty(f, scale=7.0, running=running)
+    torch.testing.assert_close(given, (f * torch.log2(1 + 7 * running)).sum())
+    assert torch.autograd.grad(given, running, allow_unused=True) == (None,)
+
+
 def test_lower_leaky_hard_sigmoid():
     """Its rule: at x <= 0 only negative gradients pass, scaled by alpha; above 1 none do."""
     x = torch.tensor([-2.0, -0.5, 0.0, 0.25, 1.0, 1.5], requires_grad=True)
@@ -136,6 +187,12 @@ ERRORS = {
     ),
     "integers": (lambda: bo.importance_minimality(torch.ones(3).int(), pnorm=1.0), TypeError, "gates must be float64"),
     "lower": (lambda: bo.lower_leaky_hard_sigmoid(torch.ones(3).int()), TypeError, "x must be float64"),
+    "smooth L0 of integers": (lambda: bo.smooth_l0(torch.ones(3).int(), gamma=0.1), TypeError, "gates must be float64"),
+    "C of running": (
+        lambda: bo.frequency_penalty(torch.rand(3), scale=1.0, running=torch.rand(4)),
+        RuntimeError,
+        r"running must have shape \[C=3\], got \[4\]",
+    ),
     "upper": (lambda: bo.upper_leaky_hard_sigmoid(1.0), TypeError, "x must be a torch.Tensor"),
 }
 

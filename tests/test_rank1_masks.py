@@ -161,3 +161,19 @@ def test_gradient_of_masks(sampling):
     assert torch.autograd.gradcheck(
         lambda g: bo.stochastic_mask(g, samples=2, seed=1, sampling=sampling), gates, eps=1e-6
     )
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_subset_routing(impl):
+    """Every number of sites is alike likely, then every site; the reference draws the same."""
+    routing = bo.subset_routing(4, (50, 400), seed=1, impl=impl)
+    assert routing.shape == (4, 50, 400) and routing.dtype == torch.bool
+    assert torch.equal(routing, bo.reference.subset_routing(4, (50, 400), seed=1))
+    chosen = routing.sum(0).flatten()
+    assert chosen.min() == 1 and ((chosen.bincount()[1:] / 20_000 - 0.25).abs() < 0.02).all()  # 6 deviations
+    assert ((routing.flatten(1).double().mean(1) - 2.5 / 4).abs() < 0.02).all()
+    pairs = routing[:, chosen.view(50, 400) == 2].double()
+    assert (((pairs @ pairs.t()) / pairs.shape[1])[~torch.eye(4).bool()] - 1 / 6).abs().max() < 0.03
+    assert not torch.equal(routing, bo.subset_routing(4, (50, 400), seed=1, stream=1))
+    with pytest.raises(ValueError, match="sites must be at least 1, got 0"):
+        bo.subset_routing(0, (3,), seed=1)

@@ -87,6 +87,31 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_given_activations(impl, way):
+    """The op with its own activations, whose gradient reaches x and read through them alone."""
+    *tensors, indices = inputs(9, 3, 20, 12, 8)
+    x, read, write, gates, bias = tensors
+    dy = randn(9, 8)
+
+    def given(x, read, write, gates, bias, impl=impl):
+        acts = (x @ read).gather(1, indices)
+        return bo.rank1_sparse(x, read, write, indices, gates, bias, acts=acts, impl=impl)
+
+    expected = testing.gradients(sparse(bo.reference, indices), tensors, dy)
+    for got, wanted in zip(testing.gradients(given, tensors, dy), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    wide = [t.double().requires_grad_() for t in (randn(9, 3), write, gates)]
+
+    def of_acts(acts, write, gates):
+        return bo.rank1_sparse(x.double(), read.double(), write, indices, gates, acts=acts)
+
+    assert torch.autograd.gradcheck(of_acts, wide, fast_mode=True)
+    assert torch.autograd.gradgradcheck(of_acts, wide, fast_mode=True)
+    with pytest.raises(RuntimeError, match=r"acts must have shape \[9, 3\], got \[9, 20\]"):
+        bo.rank1_sparse(x, read, write, indices, gates, acts=x @ read)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wanted", range(5))
 def test_needed_gradients_only(wanted, impl):
     *tensors, indices = inputs(5, 2, 6, 4, 3)
@@ -101,9 +126,12 @@ def test_needed_gradients_only(wanted, impl):
 def test_opcheck(impl):
     *tensors, indices = inputs(5, 2, 6, 4, 3)
     x, read, write, gates, bias = (t.requires_grad_() for t in tensors)
-    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, gates, bias, indices, impl))
-    for need in ([True] * 5, [False, True, False, True, False]):
-        args = (randn(5, 3), randn(5, 2), *(t.detach() for t in tensors), indices, need, impl)
+    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, gates, bias, None, indices, impl))
+    acts = randn(5, 2, requires_grad=True)
+    torch.library.opcheck(bo.rank1.sparse.sparse_op, (x, read, write, gates, bias, acts, indices, impl))
+    for given, need in ((None, [True] * 5 + [False]), (acts, [False, False, True, True, False, True])):
+        acts = None if given is None else given.detach()
+        args = (randn(5, 3), randn(5, 2), *(t.detach() for t in tensors), acts, indices, need, impl)
         torch.library.opcheck(bo.rank1.sparse.sparse_backward_op, args)
 
 

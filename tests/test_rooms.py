@@ -42,7 +42,7 @@ OPS = rooms(bo)
 
 
 def test_ops_are_listed():
-    assert OPS >= {"gated", "interaction/matrices", "rank1/masked"} and len(OPS) == 11
+    assert OPS >= {"gated", "interaction/matrices", "rank1/masked"} and len(OPS) == 13
 
 
 def test_every_op_module_has_a_specification():

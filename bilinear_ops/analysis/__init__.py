@@ -10,6 +10,7 @@ from bilinear_ops.analysis.biases import BiasTerms, augment_biases, bias_terms
 from bilinear_ops.analysis.clusters import interaction_clusters
 from bilinear_ops.analysis.composition import Reexpression, VirtualLayer, reexpress, virtual_interactions
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
+from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
 from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
@@ -46,6 +47,7 @@ __all__ = [
     "hoyer",
     "interaction_clusters",
     "interaction_eigh",
+    "layer_distance",
     "layer_similarity",
     "reexpress",
     "strength",

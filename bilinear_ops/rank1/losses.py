@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,33 @@ def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor, *, impl: str 
     return squared_difference_op(weight, read, write, impl) / weight.numel()
 
 
+@_op.without_autocast
+def pooled_faithfulness_loss(
+    layers: Iterable[tuple[Tensor, Tensor, Tensor]], *, relative: bool = False, impl: str = "auto"
+) -> Tensor:
+    """`faithfulness_loss` of several layers, each counted by its number of elements.
+
+    Args:
+        layers: (weight, read, write) of each, as for `faithfulness_loss`.
+        relative: divide by sum |W|^2 instead of by the number of elements: 1 where nothing is explained.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        0-dim, as `faithfulness_loss`; NaN for no layers.
+
+    Raises:
+        as `faithfulness_loss`.
+    """
+    layers = list(layers)
+    if not layers:
+        return torch.full((), torch.nan)
+    squares = [faithfulness_loss(*layer, impl=impl) * layer[0].numel() for layer in layers]
+    if not relative:
+        return torch.stack(squares).sum() / sum(weight.numel() for weight, _, _ in layers)
+    norms = [weight.square().sum(dtype=squares[0].dtype) for weight, _, _ in layers]
+    return torch.stack(squares).sum() / torch.stack(norms).sum()
+
+
 def importance_minimality(gates: Tensor, *, pnorm: float | Tensor, eps: float = 1e-12) -> Tensor:
     """Mean over tokens of (g + eps)^p for each subcomponent, the penalty that makes gates sparse ([SPD]).
 
@@ -52,6 +81,47 @@ def importance_minimality(gates: Tensor, *, pnorm: float | Tensor, eps: float = 
     """
     check(gates=(gates, "... c"))
     return reference.importance_minimality(gates, pnorm=pnorm, eps=eps)
+
+
+def smooth_l0(gates: Tensor, *, gamma: float | Tensor) -> Tensor:
+    """Mean over tokens of g^2 / (g^2 + gamma^2) for each subcomponent: nearly the share of tokens with g above gamma.
+
+    Flat at 0, unlike `importance_minimality` with p below 1, and bounded.
+
+    Args:
+        gates: `[..., C]` causal importances.
+        gamma: the threshold, above 0, which the caller may anneal.
+
+    Returns:
+        `[C]` in float32, or float64 for float64 gates.
+
+    Raises:
+        TypeError: gates that are not a floating-point tensor.
+    """
+    check(gates=(gates, "... c"))
+    return reference.smooth_l0(gates, gamma=gamma)
+
+
+def frequency_penalty(frequencies: Tensor, *, scale: float | Tensor, running: Tensor | None = None) -> Tensor:
+    """sum_c f_c log2(1 + scale f'_c), which charges subcomponents more for each token the more often they are active.
+
+    Two forms are in use: f' = f, the mean over this batch's tokens, and scale the number of tokens of all workers; or
+    f' a running mean that gets no gradient, which `nn.FrequencyPenalty` keeps.
+
+    Args:
+        frequencies: `[C]` means over tokens, of `importance_minimality` or `smooth_l0`.
+        scale: what f' is multiplied by.
+        running: `[C]`, f' where it is not f.
+
+    Returns:
+        0-dim, in the dtype of frequencies.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    check(frequencies=(frequencies, "C"), running=(running, "? C"))
+    return reference.frequency_penalty(frequencies, scale=scale, running=running)
 
 
 def lower_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:

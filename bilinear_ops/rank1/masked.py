@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import check, check_beside, check_place, check_sampling, check_seed
+from bilinear_ops._check import check, check_beside
+from bilinear_ops._masks import (
+    check_remainder,
+    flat_masks,
+    masked_formula,
+    narrowed,
+    stochastic_masks,
+    weighted_sum,
+    write_remainder,
+)
 from bilinear_ops.composite.rank1 import masked as composite
-from bilinear_ops.rank1.masks import stochastic_delta
-from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
 
 # A branch without a kernel.
@@ -112,27 +119,17 @@ def stochastic_rank1_linear(
     """
     x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
     sizes = _check(x, read, write, bias, weight, delta, routing, acts)
-    check_sampling(samples, sampling)
-    lead, full = x.shape[:-1], (*x.shape[:-1], sizes["c"])
-    check_beside(x, gates=(gates, full), source=(source, (samples, *full)))
-    if gates is None:
-        raise TypeError("gates must be a torch.Tensor, got NoneType")
-    if isinstance(delta, str):
-        if delta != "uniform":
-            raise ValueError(f'delta must be a tensor or "uniform", got {delta!r}')
-        seed = check_seed(seed, x.device)
-        delta = stochastic_delta(lead, samples=samples, seed=seed, device=x.device, stream=stream, impl=impl)
-    else:
-        check_beside(x, delta=(delta, (samples, *lead)))
-    seed = check_seed(seed, x.device) if source is None else None
+    lead = x.shape[:-1]
+    masks = stochastic_masks(
+        x, gates, (*lead, sizes["c"]), samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
+        stream=stream, source=source, impl=impl,
+    )  # fmt: skip
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
         return reference.stochastic_rank1_linear(
-            x, read, write, gates, bias, samples=samples, seed=seed, sampling=sampling, weight=weight, delta=delta,
-            routing=routing, acts=acts, stream=stream, source=source,
+            x, read, write, gates, bias, samples=samples, seed=masks.seed, sampling=sampling, weight=weight,
+            delta=masks.delta, routing=routing, acts=acts, stream=stream, source=source,
         ).contiguous()  # fmt: skip
-    delta = None if delta is None else delta.expand(samples, *lead)
-    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling if source is None else "source")
     return _masked(x, read, write, acts, weight, bias, masks, impl)
 
 
@@ -156,14 +153,7 @@ def _check(
     )
     if acts is not None and acts.shape[:-1] != x.shape[:-1]:
         raise RuntimeError(f"acts must have shape {[*x.shape[:-1], sizes['c']]}, got {list(acts.shape)}")
-    if routing is not None:
-        if not isinstance(routing, Tensor) or routing.dtype != torch.bool:
-            got = routing.dtype if isinstance(routing, Tensor) else type(routing).__name__
-            raise TypeError(f"routing must be a bool tensor, got {got}")
-        check_place("routing", routing, x, x.shape[:-1])
-    for name, argument in (("delta", delta), ("routing", routing)):
-        if argument is not None and weight is None:
-            raise ValueError(f"{name} needs weight, got None")
+    check_remainder(x, delta, routing, weight=weight)
     return sizes
 
 
@@ -179,53 +169,17 @@ def _masked(
 ) -> Tensor:
     """Flatten the tokens and call the op. `masks` is as the caller gives it: sizes broadcast, tokens not flattened."""
     lead, tokens, c = x.shape[:-1], x.shape[:-1].numel(), read.shape[1]
-    gates, source, delta, routing, samples = masks.gates, masks.source, masks.delta, masks.routing, masks.samples
-    if routing is not None:
-        routing = routing.expand(lead)
-        # a token past the subcomponents is one whose whole weight is the original
-        delta = torch.where(routing, 0.0 if delta is None else delta, 1.0).expand(samples, *lead)
-        routing = routing.reshape(tokens)
-    if delta is None:
+    masks = flat_masks(masks, lead, c)
+    if masks.delta is None:
         weight = None
     if acts is not None:  # what the result does not depend on gets no gradient
         read = read.detach()
         x = x if weight is not None else x.detach()
-    masks = masks._replace(
-        gates=_periodic(gates, lead, c),
-        source=None if source is None else _source(source, samples, lead, c),
-        delta=None if delta is None else delta.reshape(samples, tokens),
-        routing=routing,
-    )
     x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
     tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)
     save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
     y, _ = rank1_op(x, read, write, acts, weight, bias, *masks, save, impl)
-    return y.view(samples, *lead, write.shape[1])
-
-
-def _periodic(t: Tensor, lead: torch.Size, c: int) -> Tensor:
-    """As `[period, c]` rows that repeat over the tokens: a view unless a broadcast lies inside the tokens."""
-    while t.dim() > 1 and t.shape[0] == 1:
-        t = t[0]
-    if lead.numel() == 0:
-        return t.expand(*lead, c).reshape(0, c)
-    outer = max(t.dim() - 1, 0)
-    shape = (*t.shape[:-1], c) if t.shape[:-1] == lead[len(lead) - outer :] else (*lead, c)
-    return _broadcast(t, shape).reshape(torch.Size(shape[:-1]).numel(), c)
-
-
-def _source(t: Tensor, samples: int, lead: torch.Size, c: int) -> Tensor:
-    """As `[1 or samples, 1 or tokens, c]`."""
-    t = t[(None,) * (len(lead) + 2 - t.dim())]
-    tokens = lead if t.shape[1:-1].numel() != 1 else torch.Size([1] * len(lead))
-    return _broadcast(t, (t.shape[0], *tokens, c)).reshape(t.shape[0], tokens.numel(), c)
-
-
-def _broadcast(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Expanded in fp32 or better, so that the gradient is summed there."""
-    if t.shape == shape:
-        return t
-    return t.to(torch.promote_types(t.dtype, torch.float32)).expand(shape)
+    return y.view(masks.samples, *lead, write.shape[1])
 
 
 def launchers():
@@ -247,18 +201,11 @@ def _forward(
     """y [samples, tokens, d_out], and acts = x R [tokens, C] if `save`, else empty."""
     *fields, save, impl = options
     masks = Masks(*fields)
-    delta, routing = masks.delta, masks.routing
     inner = x @ read if acts is None else acts
     y = x.new_empty(masks.samples, x.shape[0], write.shape[1])
-    if delta is not None and weight is not None:
-        torch.mul(delta[..., None], x @ weight.t(), out=y)  # one product with the original weight for all samples
-        if routing is not None:  # 0 * inf: tokens that do not use the original weight must not see its overflow
-            y.masked_fill_(((delta == 0) & routing)[..., None], 0.0)
-        if bias is not None:
-            y += bias
-    elif bias is not None:
-        y.copy_(bias)
-    beta = float(bias is not None or delta is not None)
+    # one product with the original weight for all samples
+    original = None if masks.delta is None or weight is None else x @ weight.t()
+    beta = write_remainder(y, original, bias, masks)
     (composite if impl == "torch" else launchers()).masked_apply(y, inner, write, masks, beta)
     return y, _op.or_empty(inner if save else None, x)
 
@@ -300,7 +247,7 @@ def _backward(
         dread = x.t() @ dacts
     if masks.delta is not None and weight is not None:
         if need_x or need_weight:
-            doriginal = _weighted_sum(masks.delta, dy)
+            doriginal = weighted_sum(masks.delta, dy)
             if need_x:
                 dx = doriginal @ weight if dx is None else dx.addmm_(doriginal, weight)
             if need_weight:
@@ -308,37 +255,7 @@ def _backward(
         if ddelta is not None:
             ddelta += (dy * (x @ weight.t())).sum(-1, dtype=ddelta.dtype)
     grads = (dx, dread, dwrite, dacts if need_acts else None, dweight, dy.sum((0, 1)) if need_bias else None)
-    return *grads, _narrow(dgates, masks.gates), _narrow(dsource, masks.source), _narrow(ddelta, masks.delta)
-
-
-def _narrow(gradient: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """A gradient that was summed in fp32 or better, in the dtype of its tensor."""
-    return gradient if gradient is None or t is None else gradient.to(t.dtype)
-
-
-def _weighted_sum(delta: Tensor, dy: Tensor) -> Tensor:
-    """sum_s delta_s dy_s: [S, M], [S, M, o] -> [M, o], summed in fp32 or better."""
-    total = torch.zeros(dy.shape[1:], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
-    for delta_s, dy_s in zip(delta, dy, strict=True):
-        total.addcmul_(dy_s, delta_s[:, None].to(total.dtype))
-    return total.to(dy.dtype)
-
-
-def _backward_fake(
-    dy: Any, x: Any, read: Any, write: Any, acts: Any, gates: Any, source: Any, delta: Any, weight: Any, routing: Any,
-    seed: Any, stream: int, samples: int, sampling: str, given: bool, need: list[bool], impl: str,
-) -> Any:  # fmt: skip
-    wide = torch.promote_types(x.dtype, torch.float32)
-
-    def empty(t: Any, i: int, dtype: torch.dtype = x.dtype) -> Any:
-        return x.new_empty(t.shape, dtype=dtype) if need[i] else x.new_empty(0)
-
-    def beside(t: Any, i: int) -> Any:
-        return empty(t, i, torch.promote_types(t.dtype, wide)) if need[i] else x.new_empty(0)
-
-    tensors = [empty(t, i) for i, t in enumerate((x, read, write, acts))]
-    tensors += [beside(t, 4 + i) for i, t in enumerate((gates, source, delta))]
-    return *tensors, empty(weight, 7), x.new_empty(write.shape[1] if need[8] else 0)
+    return *grads, *narrowed(masks, dgates, dsource, ddelta)
 
 
 def _formula(
@@ -360,12 +277,9 @@ def _formula(
 ) -> Tensor:
     """The result of the op by the reference's pieces: differentiable to any order."""
     acts = x @ read if acts is None else acts
-    gates = gates.repeat(x.shape[0] // max(gates.shape[0], 1), 1)
-    if seed is not None:
-        masks = reference.stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
-    else:
-        masks = gates if source is None else gates + (1 - gates) * source
-    return apply(x, acts, write, masks, bias, weight, delta, routing).expand(samples, -1, -1)
+    original = None if weight is None else x @ weight.mT
+    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    return masked_formula(acts, write, bias, original, masks)
 
 
 # from gates on in the order of Masks

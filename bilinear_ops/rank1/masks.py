@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op
-from bilinear_ops._check import check, check_sampling, check_seed
+from bilinear_ops._check import check, check_integers, check_sampling, check_seed
 from bilinear_ops.composite.rank1 import masks as composite
-from bilinear_ops.composite.rank1.masks import blend, delta_site, mask_site
+from bilinear_ops.composite.rank1.masks import blend, delta_site, mask_site, routing_site
 from bilinear_ops.results import SAMPLINGS
 
 
@@ -76,6 +76,41 @@ def stochastic_delta(
     check_sampling(samples, SAMPLINGS[0])
     seed = check_seed(seed, torch.empty(0, device=device).device)
     return draw(seed, delta_site(stream), samples, torch.Size(shape).numel(), 1, impl).view(samples, *shape)
+
+
+def subset_routing(
+    sites: int,
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor,
+    device: Any = None,
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """For each token a random subset of the sites to route through their subcomponents: `routing=` of each site.
+
+    Of 1 to `sites` sites, each number alike likely, and then every subset of that size.
+
+    Args:
+        sites: number of decomposed layers, at least 1.
+        shape: of the tokens.
+        device: of the result; the default device without it.
+        seed, stream, impl: as for `stochastic_mask`, which never shares a draw with this function.
+
+    Returns:
+        bool `[sites, *shape]`.
+
+    Raises:
+        as `stochastic_mask`, and ValueError for sites below 1.
+    """
+    check_integers(sites=sites)
+    if sites < 1:
+        raise ValueError(f"sites must be at least 1, got {sites}")
+    seed = check_seed(seed, torch.empty(0, device=device).device)
+    u = draw(seed, routing_site(stream), 1, torch.Size(shape).numel(), sites + 1, impl)[0]
+    count = (u[:, sites] * sites).long()  # less one
+    ranks = u[:, :sites].argsort(stable=True, dim=1).argsort(1)
+    return (ranks <= count[:, None]).t().reshape(sites, *shape)
 
 
 def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:

@@ -53,6 +53,8 @@ def gated_mlp(
     *,
     activation: str = "identity",
     beta: float | Tensor = 1.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The gated layer followed by its down-projection: p [o, h] -> [..., o]."""
-    return F.linear(gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta), p, b_p)
+    """The gated layer followed by its down-projection, its hidden units masked if asked: p [o, h] -> [..., o]."""
+    hid = gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
+    return F.linear(hid if mask is None else (hid * mask).to(hid.dtype), p, b_p)

@@ -31,6 +31,11 @@ def delta_site(stream: int) -> int:
     return 2 * stream + 1
 
 
+def routing_site(stream: int) -> int:
+    """The site that draws the subsets of a stream, past those of any other."""
+    return (1 << 40) + stream
+
+
 def blend(gates: Tensor, r: Tensor) -> Tensor:
     """g + (1 - g) r, each operation rounded."""
     return gates + (1 - gates) * r

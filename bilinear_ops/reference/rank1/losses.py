@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,31 @@ def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
     return (weight.to(dtype) - (read.to(dtype) @ write.to(dtype)).mT).square().mean()
 
 
+def pooled_faithfulness_loss(layers: Iterable[tuple[Tensor, Tensor, Tensor]], *, relative: bool = False) -> Tensor:
+    """sum_l |W_l - (R_l L_l)^T|^2 over the elements of all W_l, or over sum_l |W_l|^2: -> []."""
+    layers = list(layers)
+    squares = torch.stack([faithfulness_loss(*layer) * layer[0].numel() for layer in layers]).sum()
+    if relative:
+        return squares / torch.stack([weight.square().sum() for weight, _, _ in layers]).sum()
+    return squares / sum(weight.numel() for weight, _, _ in layers)
+
+
 def importance_minimality(gates: Tensor, *, pnorm: float | Tensor, eps: float = 1e-12) -> Tensor:
     """Mean over tokens of (g + eps)^p, in fp32 or better: gates [..., C] -> [C]."""
     gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
     return torch.atleast_2d((gates + eps).pow(pnorm)).flatten(0, -2).mean(0)
+
+
+def smooth_l0(gates: Tensor, *, gamma: float | Tensor) -> Tensor:
+    """Mean over tokens of g^2 / (g^2 + gamma^2), in fp32 or better: gates [..., C] -> [C]."""
+    squares = gates.to(torch.promote_types(gates.dtype, torch.float32)).square()
+    return torch.atleast_2d(squares / (squares + gamma**2)).flatten(0, -2).mean(0)
+
+
+def frequency_penalty(frequencies: Tensor, *, scale: float | Tensor, running: Tensor | None = None) -> Tensor:
+    """sum_c f_c log2(1 + scale f'_c), f' = f or a running mean without gradient: frequencies [C] -> []."""
+    other = frequencies if running is None else running.detach()
+    return (frequencies * torch.log2(1 + scale * other)).sum()
 
 
 def lower_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:

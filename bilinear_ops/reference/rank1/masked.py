@@ -20,7 +20,8 @@ def rank1_linear(
     routing: Tensor | None = None,
 ) -> Tensor:
     """((x R) * m) L + delta * x (W - (R L)^T)^T + bias, and x W^T + bias where `routing` is False: -> [..., d_out]."""
-    return apply(x, x @ read, write, mask, bias, weight, delta, routing)
+    original = None if weight is None else x @ weight.mT
+    return apply(x @ read, write, mask, bias, original, delta, routing)
 
 
 def stochastic_rank1_linear(
@@ -42,33 +43,55 @@ def stochastic_rank1_linear(
 ) -> Tensor:
     """`rank1_linear` under `samples` masks g + (1 - g) r: -> [samples, ..., d_out]."""
     acts = x @ read if acts is None else acts
+    original = None if weight is None else x @ weight.mT
+    return stochastic(
+        acts, write, gates, bias, original, samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
+        stream=stream, source=source,
+    )  # fmt: skip
+
+
+def stochastic(
+    acts: Tensor,
+    write: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    original: Tensor | None,
+    *,
+    samples: int,
+    seed: int | Tensor | None,
+    sampling: str,
+    delta: Tensor | str | None,
+    routing: Tensor | None,
+    stream: int,
+    source: Tensor | None,
+) -> Tensor:
+    """`stochastic_rank1_linear` from acts = x R and original = x W^T."""
     gates = gates.expand(acts.shape)
     if source is not None:
         masks = gates + (1 - gates) * source
     else:
         masks = stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
     if isinstance(delta, str):
-        delta = stochastic_delta(acts.shape[:-1], samples=samples, seed=seed, device=x.device, stream=stream)
-    y = apply(x, acts, write, masks, bias, weight, delta, routing)
+        delta = stochastic_delta(acts.shape[:-1], samples=samples, seed=seed, device=acts.device, stream=stream)
+    y = apply(acts, write, masks, bias, original, delta, routing)
     return y.expand(samples, *y.shape[-acts.dim() :])
 
 
 def apply(
-    x: Tensor,
     acts: Tensor,
     write: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    original: Tensor | None,
     delta: Tensor | None,
     routing: Tensor | None,
 ) -> Tensor:
-    """`rank1_linear` from acts = x R, with the difference matrix applied as x W^T - acts L."""
+    """`rank1_linear` from acts = x R and original = x W^T, with the difference matrix applied as x W^T - acts L."""
     y = (acts if mask is None else (acts * mask).to(acts.dtype)) @ write
     if delta is not None:
-        assert weight is not None
-        y = y + (delta[..., None] * (x @ weight.mT - acts @ write)).to(y.dtype)
+        assert original is not None
+        y = y + (delta[..., None] * (original - acts @ write)).to(y.dtype)
     if routing is not None:
-        assert weight is not None
-        y = torch.where(routing[..., None], y, x @ weight.mT)
+        assert original is not None
+        y = torch.where(routing[..., None], y, original)
     return y if bias is None else y + bias

@@ -34,6 +34,15 @@ def stochastic_delta(
     return uniform(seed_tensor(seed, device), 2 * stream + 1, samples, rows, 1).view(samples, *shape)
 
 
+def subset_routing(sites: int, shape: Any, *, seed: int | Tensor | None, device: Any = None, stream: int = 0) -> Tensor:
+    """For each token a random subset of the sites, of 1 to `sites` of them alike likely: -> bool [sites, *shape]."""
+    rows = torch.Size(shape).numel()
+    u = uniform(seed_tensor(seed, device), (1 << 40) + stream, 1, rows, sites + 1)[0]
+    count = (u[:, sites] * sites).long()  # less one
+    ranks = u[:, :sites].argsort(stable=True, dim=1).argsort(1)
+    return (ranks <= count[:, None]).t().reshape(sites, *shape)
+
+
 def seed_tensor(seed: int | Tensor | None, device: Any) -> Tensor:
     """A seed as an int64 0-dim tensor; the sum, unlike `torch.full`, keeps an int symbolic under torch.compile."""
     if seed is None:

@@ -1,4 +1,4 @@
-"""`torch.nn` modules over the ops. Gated layers are initialised like `torch.nn.Linear`."""
+"""Gated layers as modules, initialised like `torch.nn.Linear`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops.gated import gated_bilinear, gated_mlp
-from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.results import ACTIVATIONS
-
-__all__ = ["GatedBilinear", "GatedMLP", "Rank1Embedding", "Rank1Linear"]
 
 
 class _Gated(nn.Module):
@@ -201,105 +198,3 @@ class GatedMLP(_Gated):
     def extra_repr(self) -> str:
         recompute = ", recompute=True" if self.recompute else ""
         return f"{super().extra_repr()}, d_out={self.p.shape[0]}{recompute}"
-
-
-def _check_frozen(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    for name, (t, shape) in given.items():
-        if t is not None and t.shape != shape:
-            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
-
-
-class _Rank1(nn.Module):
-    """C rank-1 subcomponents read `[d_in, C]`, write `[C, d_out]`, with a frozen target weight and bias."""
-
-    target: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, d_in: int, d_out: int, c: int, target: Tensor | None, bias: Tensor | None):
-        super().__init__()
-        factory: dict[str, Any] = {} if target is None else {"device": target.device, "dtype": target.dtype}
-        self.read = nn.Parameter(torch.empty(d_in, c, **factory))
-        self.write = nn.Parameter(torch.empty(c, d_out, **factory))
-        for name, t in (("target", target), ("bias", bias)):
-            self.register_buffer(name, None if t is None else t.detach())
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw normal entries, of deviation 1 / sqrt(d_in) in read and 1 / sqrt(C) in write, as [SPD]'s code."""
-        for t in (self.read, self.write):
-            nn.init.normal_(t, std=1 / math.sqrt(t.shape[0]) if t.shape[0] else 0.0)
-
-    @property
-    def weight(self) -> Tensor:
-        """The sum of the subcomponents, (R L)^T `[d_out, d_in]`."""
-        return (self.read @ self.write).t()
-
-    def extra_repr(self) -> str:
-        (d_in, c), d_out = self.read.shape, self.write.shape[1]
-        return f"d_in={d_in}, d_out={d_out}, c={c}, target={self.target is not None}, bias={self.bias is not None}"
-
-
-class Rank1Linear(_Rank1):
-    """A linear layer as C rank-1 subcomponents, masked or stochastic; see `bilinear_ops.rank1_linear`.
-
-    Args:
-        d_in, d_out: sizes of inputs and outputs.
-        c: number of subcomponents.
-        weight: `[d_out, d_in]` original weight, kept frozen as `target` for delta and routing.
-        bias: `[d_out]`, kept frozen.
-    """
-
-    def __init__(self, d_in: int, d_out: int, c: int, *, weight: Tensor | None = None, bias: Tensor | None = None):
-        _check_frozen(weight=(weight, (d_out, d_in)), bias=(bias, (d_out,)))
-        super().__init__(d_in, d_out, c, weight, bias)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """The output `[..., d_out]` under a given mask; options as for `bilinear_ops.rank1_linear`."""
-        return rank1_linear(x, self.read, self.write, mask, self.bias, weight=self.target, **options)
-
-    def stochastic(self, x: Tensor, gates: Tensor, **options: Any) -> Tensor:
-        """Outputs `[samples, ..., d_out]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
-        return stochastic_rank1_linear(x, self.read, self.write, gates, self.bias, weight=self.target, **options)
-
-
-class Rank1Embedding(_Rank1):
-    """An embedding as C rank-1 subcomponents: rows of `read` take the place of x R in `Rank1Linear`.
-
-    Args:
-        vocab: number of tokens.
-        d: size of an embedding.
-        c: number of subcomponents.
-        weight: `[vocab, d]` original embedding, kept frozen for delta and routing.
-    """
-
-    def __init__(self, vocab: int, d: int, c: int, *, weight: Tensor | None = None):
-        _check_frozen(weight=(weight, (vocab, d)))
-        super().__init__(vocab, d, c, None if weight is None else weight.t(), None)
-
-    @property
-    def weight(self) -> Tensor:
-        """The sum of the subcomponents, R L `[vocab, d]`."""
-        return self.read @ self.write
-
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        delta: Tensor | None = None,
-        routing: Tensor | None = None,
-    ) -> Tensor:
-        """Embed integer tokens `[...]` as `[..., d]`; mask, delta and routing as for `bilinear_ops.rank1_linear`.
-
-        Raises ValueError for delta or routing without an original weight.
-        """
-        acts = nn.functional.embedding(tokens, self.read)  # [..., C]
-        mask = acts.new_ones(()) if mask is None else mask
-        if delta is None and routing is None:
-            return (acts * mask).to(acts.dtype) @ self.write
-        if self.target is None:
-            raise ValueError(f"{'routing' if delta is None else 'delta'} needs weight, got None")
-        original = nn.functional.embedding(tokens, self.target.t())  # [..., d]
-        delta = acts.new_zeros(()) if delta is None else delta[..., None]
-        y = (acts * (mask - delta)).to(acts.dtype) @ self.write + (delta * original).to(acts.dtype)
-        return y if routing is None else torch.where(routing[..., None], y, original)
