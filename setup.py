@@ -13,6 +13,7 @@ setup(
         "bilinear_ops.composite",
         "bilinear_ops.composite.interaction",
         "bilinear_ops.composite.rank1",
+        "bilinear_ops.integrations",
         "bilinear_ops.interaction",
         "bilinear_ops.kernels",
         "bilinear_ops.kernels.interaction",

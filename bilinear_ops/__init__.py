@@ -1,6 +1,6 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
-from bilinear_ops import analysis, nn, plots, reference
+from bilinear_ops import analysis, init, integrations, nn, plots, reference
 from bilinear_ops.gated import gated_bilinear, gated_mlp
 from bilinear_ops.interaction import (
     active_interactions,
@@ -58,6 +58,8 @@ __all__ = [
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
+    "init",
+    "integrations",
     "interaction_diagonal",
     "interaction_entries",
     "interaction_matrices",

@@ -190,7 +190,7 @@ def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
     return x.new_empty(x.shape[0], (w if p is None else p).shape[0]), az
 
 
-def _backward(
+def backward(
     dy: Tensor,
     az: Tensor,
     x: Tensor,
@@ -204,10 +204,13 @@ def _backward(
     activation: str,
     need: list[bool],
     impl: str,
+    *,
+    route: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, [dw, dv], dp, [db_w, db_v], db_p, dbeta), each None unless needed; `need` is in the order of the tensors.
 
     dw and dv are one product and so one tensor [2, h, d], of which an unneeded half is left out; likewise [2, h].
+    `route` [M, h] multiplies the units' gradients on their way to the weights, not to x: see `nn.routed_gated_mlp`.
     """
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     path = composite if impl == "torch" else launchers()
@@ -220,10 +223,13 @@ def _backward(
         if need_x or need_w or need_v or need_bw or need_bv or need_beta:
             dadz, hid, b_dbeta = path.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
             if hid is not None:
+                hid = hid if route is None else hid.mul_(route[rows])
                 dp = _plus_product(dp, b_dy, hid)
                 hid = None  # before the other gradients are allocated
             if dx is not None:
                 torch.mm(dadz[:, :h], w, out=dx[rows]).addmm_(dadz[:, h:], v)
+            if route is not None:
+                dadz.view(-1, 2, h).mul_(route[rows, None])
             if need_w or need_v:
                 dwv = _plus_product(dwv, _needed_halves(dadz, need_w, need_v), b_x)
             if need_bw or need_bv:
@@ -231,7 +237,8 @@ def _backward(
             if b_dbeta is not None:
                 dbeta = _plus(dbeta, b_dbeta)
         elif need_p:
-            dp = _plus_product(dp, b_dy, path.gate(b_az, beta, activation))
+            hid = path.gate(b_az, beta, activation)
+            dp = _plus_product(dp, b_dy, hid if route is None else hid.mul_(route[rows]))
     if dbeta is not None and beta is not None:
         dbeta = dbeta.to(beta.dtype)
     return (
@@ -272,7 +279,7 @@ def _backward_fake(dy, az, x, w, v, p, b_w, b_v, b_p, beta, activation, need, im
     )
 
 
-def _unpack(
+def unpack(
     dx: Tensor, dwv: Tensor, dp: Tensor, db: Tensor, db_p: Tensor, dbeta: Tensor, need: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each tensor; what is not needed is ignored."""
@@ -309,9 +316,9 @@ gated_op, gated_backward_op = _op.differentiable(
     "str activation, bool save, str impl) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    _backward,
+    backward,
     _reference,
     backward_fake=_backward_fake,
     backward_outputs=6,
-    unpack=_unpack,
+    unpack=unpack,
 )

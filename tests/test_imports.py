@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "bilinear_ops.kernels",
     },
     "nn": {"torch", "bilinear_ops.results", "bilinear_ops.ops"},
+    "init": {"torch", "bilinear_ops.nn"},
     "analysis": {"torch", "tqdm", "bilinear_ops.results", "bilinear_ops.composite", "bilinear_ops.ops"},
     "testing": {"torch", "bilinear_ops.reference"},
 }

@@ -65,3 +65,31 @@ def test_errors():
         bo.nn.Rank1Linear(6, 4, 9)(randn(5, 6), delta=torch.ones(5))
     with pytest.raises(ValueError, match="routing needs weight"):
         bo.nn.Rank1Embedding(6, 4, 9)(torch.zeros(5).long(), routing=torch.ones(5).bool())
+
+
+def test_from_linear():
+    linear = torch.nn.Linear(6, 4)
+    module = bo.nn.Rank1Linear.from_linear(linear, 9)
+    x, routing = randn(5, 6), torch.zeros(5).bool()
+    torch.testing.assert_close(module(x, routing=routing), linear(x))
+    assert module.read.shape == (6, 9) and not module.target.requires_grad
+    assert bo.nn.Rank1Linear.from_linear(torch.nn.Linear(6, 4, bias=False), 9).bias is None
+
+
+@pytest.mark.parametrize("options", ({}, {"delta": "uniform"}, {"routing": torch.arange(5) % 2 > 0}))
+def test_stochastic_embedding_is_that_of_one_hot_tokens(options):
+    module = bo.nn.Rank1Embedding(11, 4, 9, weight=randn(11, 4))
+    tokens, gates = torch.randint(11, (2, 5)), torch.rand(2, 5, 9)
+    options = dict(samples=3, seed=2, **options)
+    x = torch.nn.functional.one_hot(tokens, 11).float()
+    weight = module.target if options.keys() & {"delta", "routing"} else None
+    expected = bo.stochastic_rank1_linear(x, module.read, module.write, gates, weight=weight, **options)
+    found = module.stochastic(tokens, gates, **options)
+    torch.testing.assert_close(found, expected)
+    dy = randn(3, 2, 5, 4)
+    for got, wanted in zip(
+        *(torch.autograd.grad(y, (module.read, module.write), dy) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match="delta needs weight"):
+        bo.nn.Rank1Embedding(11, 4, 9).stochastic(tokens, gates, seed=1, delta="uniform")

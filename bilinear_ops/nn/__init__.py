@@ -3,7 +3,10 @@
 from bilinear_ops.nn.adversary import AdversarialSource, FrequencyPenalty
 from bilinear_ops.nn.gated import GatedBilinear, GatedMLP
 from bilinear_ops.nn.gates import Gates, Importances
+from bilinear_ops.nn.mixed import MixedWeights
 from bilinear_ops.nn.rank1 import Rank1Embedding, Rank1Linear
+from bilinear_ops.nn.routed import route, routed_gated_mlp
+from bilinear_ops.nn.transcoder import Transcoder
 
 __all__ = [
     "AdversarialSource",
@@ -12,6 +15,10 @@ __all__ = [
     "GatedMLP",
     "Gates",
     "Importances",
+    "MixedWeights",
     "Rank1Embedding",
     "Rank1Linear",
+    "Transcoder",
+    "route",
+    "routed_gated_mlp",
 ]

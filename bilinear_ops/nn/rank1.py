@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class Rank1Linear(_Rank1):
         _check_frozen(weight=(weight, (d_out, d_in)), bias=(bias, (d_out,)))
         super().__init__(d_in, d_out, c, weight, bias)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, c: int) -> Self:
+        """C fresh subcomponents for a linear layer, whose weight and bias are kept frozen."""
+        d_out, d_in = linear.weight.shape
+        return cls(d_in, d_out, c, weight=linear.weight, bias=linear.bias)
+
     def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
         """The output `[..., d_out]` under a given mask; options as for `bilinear_ops.rank1_linear`."""
         return rank1_linear(x, self.read, self.write, mask, self.bias, weight=self.target, **options)
@@ -111,3 +117,20 @@ class Rank1Embedding(_Rank1):
         delta = acts.new_zeros(()) if delta is None else delta[..., None]
         y = (acts * (mask - delta)).to(acts.dtype) @ self.write + (delta * original).to(acts.dtype)
         return y if routing is None else torch.where(routing[..., None], y, original)
+
+    def stochastic(
+        self, tokens: Tensor, gates: Tensor, *, delta: Any = None, routing: Any = None, **options: Any
+    ) -> Tensor:
+        """`[samples, ..., d]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
+        acts = nn.functional.embedding(tokens, self.read)  # [..., C]
+        if delta is None and routing is None:
+            nothing = acts.new_empty(*tokens.shape, 0)
+            return stochastic_rank1_linear(nothing, self.read[:0], self.write, gates, acts=acts, **options)
+        if self.target is None:
+            raise ValueError(f"{'routing' if delta is None else 'delta'} needs weight, got None")
+        original = nn.functional.embedding(tokens, self.target.t())  # [..., d], which an identity passes on
+        identity = torch.eye(original.shape[-1]).to(original)
+        read = acts.new_empty(original.shape[-1], acts.shape[-1])
+        return stochastic_rank1_linear(
+            original, read, self.write, gates, acts=acts, weight=identity, delta=delta, routing=routing, **options
+        )

@@ -35,6 +35,7 @@ def rank1_linear(
     weight: Tensor | None = None,
     delta: Tensor | None = None,
     routing: Tensor | None = None,
+    acts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """((x R) * m) L + bias: a linear map as C rank-1 subcomponents, masked for each token ([SPD]).
@@ -47,6 +48,7 @@ def rank1_linear(
         weight: `[d_out, d_in]` original weight, which delta and routing refer to.
         delta: broadcasts to `[...]`: how much of the remainder weight - (R L)^T to add, never forming it.
         routing: bool, broadcasts to `[...]`: where False the token goes through weight instead.
+        acts: `[..., C]`, x R where the caller has it already; gradients then go through it.
         impl: "auto", "triton" or "torch".
 
     mask and delta may have any floating dtype; they are used in float32 or better.
@@ -60,19 +62,19 @@ def rank1_linear(
         TypeError: an argument that is not a floating-point tensor, routing that is not a bool tensor.
         ValueError: delta or routing without weight, unknown impl.
     """
-    x, read, write, bias, weight = _op.autocast(x, read, write, bias, weight)
-    sizes = _check(x, read, write, bias, weight, delta, routing, None)
+    x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
+    sizes = _check(x, read, write, bias, weight, delta, routing, acts)
     lead = x.shape[:-1]
     check_beside(x, mask=(mask, (*lead, sizes["c"])), delta=(delta, lead))
     impl = _impl.resolve(impl, x)
     plain = mask is None and delta is None and routing is None
     if _impl.needs_reference() or plain and _impl.refuse(impl, NO_MASK):
-        y = reference.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing)
+        y = reference.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing, acts=acts)
         return y.contiguous()
     mask = x.new_ones(1, sizes["c"]) if mask is None else mask
     delta = None if delta is None else delta.expand(lead)[None]
     masks = Masks(mask, None, delta, routing, None, stream=0, samples=1, sampling="given")
-    return _masked(x, read, write, None, weight, bias, masks, impl)[0]
+    return _masked(x, read, write, acts, weight, bias, masks, impl)[0]
 
 
 def stochastic_rank1_linear(
@@ -99,13 +101,12 @@ def stochastic_rank1_linear(
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
 
     Args:
-        x, read, write, bias, weight, routing, impl: as for `rank1_linear`.
+        x, read, write, bias, weight, routing, acts, impl: as for `rank1_linear`.
         gates: broadcasts to `[..., C]`: causal importances in [0, 1]; other values are not refused.
         samples: number of masks.
         seed: int or int64 0-dim tensor, needed wherever something is drawn; no value of it recompiles.
         sampling: "continuous", r ~ U(0, 1), or "binomial", r ~ Bernoulli(1/2).
         delta: broadcasts to `[samples, ...]`, or "uniform", drawn for each sample and token.
-        acts: `[..., C]`, x R where the caller has it already; gradients then go through it.
         stream: int that keeps two sites with one seed apart.
         source: broadcasts to `[samples, ..., C]`: used for r instead of drawing.
 

@@ -18,10 +18,11 @@ def rank1_linear(
     weight: Tensor | None = None,
     delta: Tensor | None = None,
     routing: Tensor | None = None,
+    acts: Tensor | None = None,
 ) -> Tensor:
     """((x R) * m) L + delta * x (W - (R L)^T)^T + bias, and x W^T + bias where `routing` is False: -> [..., d_out]."""
     original = None if weight is None else x @ weight.mT
-    return apply(x @ read, write, mask, bias, original, delta, routing)
+    return apply(x @ read if acts is None else acts, write, mask, bias, original, delta, routing)
 
 
 def stochastic_rank1_linear(
