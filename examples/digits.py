@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import sys
 from pathlib import Path
@@ -232,13 +231,14 @@ def recover_target(data: Digits, *, seed: int, bias: bool, scale: Scale) -> Targ
     terms = bo.analysis.bias_terms(w, v, difference, *biases[:2])
     values, vectors, *_ = bo.analysis.interaction_eigh(w, v, difference, 3)
     strongest = bo.analysis.interaction_eigh(w, v, difference, 2, which="positive")
-    first = strongest.vectors[0, 0]
+    negative = bo.analysis.interaction_eigh(w, v, difference, 1, which="negative")
+    first, rivals = strongest.vectors[0, 0], torch.stack([strongest.values[0, 1], negative.values[0, 0]])
     level = (data.train_x @ first).square().median()
     figures = {
         "accuracy": accuracy(network, data.test_x, test_y),
         "first_alone": (((data.test_x @ first).square() > level) == test_y.bool()).float().mean().item(),
         "correlation": torch.corrcoef(torch.stack([first, target]))[0, 1].abs().item(),
-        "ratio": (strongest.values[0, 0] / strongest.values[0, 1].abs()).item(),
+        "ratio": (strongest.values[0, 0] / rivals.abs().max()).item(),
     }
     return Target(target, vectors[0], values[0], terms.linear[0], figures)
 
@@ -322,8 +322,8 @@ def draw(found: Study, data: Digits, out: Path) -> list[Path]:
 
 def curves(receipt: dict[str, Any]) -> Tensor:
     """Mean truncated accuracies with and without regularisation `[2, n]`."""
-    names, size = (REGULARISED, claims.PLAIN), receipt["scale"]["size"]
-    return torch.stack([torch.tensor(claims.values(receipt, name, "truncated", size=size)).mean(0) for name in names])
+    names = (REGULARISED, claims.PLAIN)
+    return torch.stack([torch.tensor(claims.values(receipt, name, "truncated")).mean(0) for name in names])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -341,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = study(data, scale)
     print(findings.text(found.receipt))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "digits.json").write_text(json.dumps(findings.rounded(found.receipt), indent=1) + "\n")
+    (options.out / "digits.json").write_text(findings.written(found.receipt), encoding="utf-8")
     try:
         print(f"\nFigures: {', '.join(map(str, draw(found, data, options.out)))}")
     except ModuleNotFoundError as error:

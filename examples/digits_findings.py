@@ -109,13 +109,21 @@ def expectations(receipt: Receipt) -> list[tuple[str, str, str]]:
     return [(expected, found, "yes" if met else "no") for expected, found, met in rows]
 
 
-def rounded(receipt: Any) -> Any:
-    """The same with five decimals."""
-    if isinstance(receipt, dict):
-        return {key: rounded(value) for key, value in receipt.items()}
-    if isinstance(receipt, list | tuple):
-        return [rounded(value) for value in receipt]
-    return round(receipt, 5) if isinstance(receipt, float) else receipt
+def written(receipt: Receipt) -> str:
+    """JSON with five decimals, a record a line."""
+    parts = []
+    for key, value in _rounded(receipt).items():
+        lines = ",\n".join(map(json.dumps, value))
+        parts.append(f'"{key}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def check() -> int:

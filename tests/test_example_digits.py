@@ -209,12 +209,59 @@ def test_the_target_is_a_one_and_half_of_the_images_resemble_it(digits, data):
         first = found.vectors[found.values.argmax()]
         correlation = torch.corrcoef(torch.stack([first, found.target]))[0, 1].abs().item()
         assert found.figures["correlation"] == pytest.approx(correlation, abs=1e-4)
+        others = found.values[found.values != found.values.max()].abs().max()
+        assert found.figures["ratio"] == pytest.approx((found.values.max() / others).item(), rel=1e-4)
 
 
 def test_verdicts(claims):
     assert claims.verdict([True, True]) == "agrees"
     assert claims.verdict([False, False]) == "differs"
     assert claims.verdict([True, False, True], "sizes") == "mixed: 2 of 3 sizes"
+
+
+@pytest.fixture(scope="module")
+def receipt(example):
+    return json.loads(example["digits_findings"].RECEIPT.read_text())
+
+
+def test_the_page_says_what_the_receipt_measured(example, receipt, tmp_path, monkeypatch, capsys):
+    digits, findings = example["digits"], example["digits_findings"]
+    assert digits.main(["--check"]) == 0
+    assert receipt["scale"] == json.loads(json.dumps(digits.FULL._asdict())), "a full run's"
+    receipt["networks"][0]["accuracy"] += 0.05
+    (tmp_path / "digits.json").write_text(json.dumps(receipt))
+    receipt["networks"][0]["accuracy"] -= 0.05
+    monkeypatch.setattr(findings, "RECEIPT", tmp_path / "digits.json")
+    assert digits.main(["--check"]) == 1
+    assert "differs from digits.json" in capsys.readouterr().out
+
+
+def test_a_claim_that_does_not_hold_is_said_to_differ(claims, receipt):
+    def verdict_on(energies):
+        changed = json.loads(json.dumps(receipt))
+        for record in changed["networks"]:
+            noise = record["regulariser"].split(",")[0]
+            record["edge_energy"] = energies.get(noise, record["edge_energy"])
+        return claims.spectra(changed)[1].verdict
+
+    assert verdict_on({"noise 0.0": 0.3, "noise 0.15": 0.2, "noise 0.4": 0.1}) == "agrees"
+    assert verdict_on({"noise 0.0": 0.1, "noise 0.15": 0.2, "noise 0.4": 0.3}) == "differs"
+
+
+def test_the_receipt_holds_what_the_paper_found(claims, receipt):
+    """Sign and order, in every seed, of what the findings say agrees."""
+
+    def of(name, key):
+        return torch.tensor(claims.values(receipt, name, key))
+
+    plain, light, noised, both = claims.PLAIN, claims.LIGHT, claims.NOISE, claims.REGULARISED
+    assert len(of(plain, "accuracy")) == 5
+    assert (of(plain, "edge_energy") > of(light, "edge_energy")).all()
+    assert (of(plain, "edge_energy") > of(noised, "edge_energy")).all()
+    costs = [torch.tensor(claims.mask_cost(receipt, name, "edge")) for name in (plain, light, both)]
+    assert (costs[0] > costs[1]).all() and (costs[0] > costs[2]).all() and (costs[0] > 0).all()
+    assert (of(plain, "masks.all.targeted") > of(plain, "masks.all_permuted.targeted")).all()
+    assert (of(both, "accuracy") - of(both, "truncated")[:, 7] < 0.03).all()
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +295,7 @@ def test_quick_finds_the_signs(digits, claims, quick):
         assert (targeted > 2 * permuted).all()
     alike = [mean(claims.cosines(found, 48, 48, which)) for which in ("positive", "abs")]
     assert alike[0] > 0.7 and alike[0] > alike[1]
-    assert all(target["correlation"] > 0.6 and target["ratio"] > 2 for target in found["targets"])
+    assert all(target["correlation"] > 0.6 for target in found["targets"])
 
 
 @pytest.mark.slow
