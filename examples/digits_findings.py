@@ -1,0 +1,136 @@
+"""The measurements of digits.py as text: claims with their verdicts, expectations, and a table of regularisers.
+
+The page docs/findings.md holds this text between two marks; `check` compares it with its receipt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from digits_claims import NOISES, PLAIN, REGULARISED, Receipt, claims, mask_cost, names, spread, values
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, RECEIPT = DOCS / "findings.md", DOCS / "receipts" / "digits.json"
+BEGIN, END = "<!-- digits:begin -->\n", "<!-- digits:end -->\n"
+
+
+def text(receipt: Receipt) -> str:
+    """Tables of all measurements and findings, as Markdown; figures are means over seeds with their range."""
+    scale, images = receipt["scale"], receipt["images"]
+    versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
+    parts = [
+        f"{images['train']} images to train, {images['test']} held out; embedding and layer of size {scale['size']}, "
+        f"{scale['steps']} steps; seeds {', '.join(map(str, scale['seeds']))}; {images['edge_pixels']} edge pixels. "
+        f"{versions}.",
+        "### Claims",
+        table(("claim", "in [P]", "here", "verdict"), claims(receipt)),
+        "### Expectations set before the runs",
+        table(("expected", "found", "met"), expectations(receipt)),
+        "### Noise, decay and other regularisers",
+        table(
+            (
+                "training",
+                "accuracy",
+                "rank, embedded",
+                "rank, pixels",
+                "pixels of an eigenvector",
+                "edge energy",
+                "edge masks cost",
+            ),
+            regularisers(receipt),
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def regularisers(receipt: Receipt) -> list[list[str]]:
+    """One row each."""
+    columns = (
+        ("accuracy", ".1%"),
+        ("rank_embedded", ".1f"),
+        ("rank_pixels", ".1f"),
+        ("pixels", ".0f"),
+        ("edge_energy", ".3f"),
+    )
+    return [
+        [
+            name,
+            *(spread(values(receipt, name, key), form) for key, form in columns),
+            spread([100 * c for c in mask_cost(receipt, name, "edge")], ".1f"),
+        ]
+        for name in names(receipt)
+    ]
+
+
+def expectations(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Figures named before the runs, in single trials with masks of digit 3; nothing was changed to meet them."""
+    rows = []
+    for of, name in (("", "all digits"), ("_of_3", "masks of 3")):
+        plain, regularised = (mask_cost(receipt, setting, "edge", of) for setting in (PLAIN, REGULARISED))
+        rates = [mean(values(receipt, PLAIN, f"masks.all{control}.targeted{of}")) for control in ("", "_permuted")]
+        rows += [
+            (
+                f"edge masks cost 25 points more than permuted ones without regularisation ({name})",
+                f"{mean(plain):.1%}",
+                mean(plain) >= 0.25,
+            ),
+            (f"at most 5 points with it ({name})", f"{mean(regularised):.1%}", mean(regularised) <= 0.05),
+            (
+                f"targeted rate 4 times the permuted one ({name}, all pixels, no regularisation)",
+                f"{rates[0]:.1%} against {rates[1]:.1%}",
+                rates[0] >= 4 * rates[1],
+            ),
+        ]
+    losses = [
+        a - b[7]
+        for a, b in zip(
+            values(receipt, REGULARISED, "accuracy"), values(receipt, REGULARISED, "truncated"), strict=True
+        )
+    ]
+    energies = [mean(values(receipt, f"noise {n}, decay 0.0", "edge_energy")) for n in NOISES]
+    rows += [
+        ("8 eigenvectors a class within a point of the whole", f"{max(losses):.1%} at most", max(losses) <= 0.01),
+        (
+            "edge energy falls over noise 0, .15, .4",
+            ", ".join(f"{e:.3f}" for e in energies),
+            energies[0] > energies[1] > energies[2],
+        ),
+    ]
+    return [(expected, found, "yes" if met else "no") for expected, found, met in rows]
+
+
+def written(receipt: Receipt) -> str:
+    """JSON with five decimals, a record a line."""
+    parts = []
+    for key, value in _rounded(receipt).items():
+        lines = ",\n".join(map(json.dumps, value))
+        parts.append(f'"{key}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def check() -> int:
+    """Whether the page holds the text of its receipt; returns the exit status."""
+    held = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    if held.strip() == text(json.loads(RECEIPT.read_text(encoding="utf-8"))).strip():
+        print(f"{PAGE.name} says what {RECEIPT.name} measured.")
+        return 0
+    print(f"{PAGE.name} differs from {RECEIPT.name}: put the text of this receipt between its marks.")
+    return 1
