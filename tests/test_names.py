@@ -10,19 +10,23 @@ NAMES = {
         active_interactions eigen_form interaction_diagonal interaction_entries interaction_matrices
         interaction_moments interaction_topk iter_interaction_matrices layer_inner neuron_gram pack_symmetric
         quadratic_form unpack_symmetric
-        gated_bilinear gated_mlp
+        gated_bilinear gated_mlp stochastic_gated_mlp
         faithfulness_loss importance_minimality lower_leaky_hard_sigmoid rank1_accumulate rank1_linear rank1_sparse
         stochastic_delta stochastic_mask stochastic_rank1_linear upper_leaky_hard_sigmoid
-        analysis nn plots reference warmup
+        component_gates frequency_penalty pooled_faithfulness_loss smooth_l0 subset_routing
+        analysis init integrations nn plots reference warmup
     """,
     bo.analysis: """
         BiasTerms CPDecomposition EigenPairs EvenOdd HOSVD QuadraticLayer Reexpression StrongestDirections
         TruncationCorrelation VirtualLayer
         adversarial_masks augment_biases bias_terms cp_decompose effective_rank even_odd_split glu_gates hosvd hoyer
-        interaction_clusters interaction_eigh layer_similarity reexpress strength strongest_directions truncate
+        interaction_clusters interaction_eigh layer_distance layer_similarity reexpress strength strongest_directions truncate
         truncation_correlation truncation_curve virtual_interactions
     """,
-    bo.nn: "GatedBilinear GatedMLP Rank1Embedding Rank1Linear",
+    bo.nn: """
+        GatedBilinear GatedMLP Rank1Embedding Rank1Linear
+        AdversarialSource FrequencyPenalty Gates Importances MixedWeights Transcoder route routed_gated_mlp
+    """,
     bo.plots: "cluster eigenvectors interactions similarity spectrum truncation",
 }
 
