@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
 
 
 class DeviceLost(RuntimeError):
@@ -24,7 +23,8 @@ class DeviceLost(RuntimeError):
 
 def synchronise() -> None:
     """Wait for the GPU, if this process uses one. Raises what earlier launches left, here or for good."""
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # a process that has not imported it has nothing to wait for
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
