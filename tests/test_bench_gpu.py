@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,11 +192,16 @@ def _lose() -> None:
     raise DeviceLost("peer", "gone")
 
 
-def test_a_lost_device_reaches_the_asker() -> None:
+def test_a_lost_device_reaches_the_asker_and_ends_the_process() -> None:
     asked = Worker()
     try:
+        first = asked.ask(PATIENCE, os.getpid)
+        with pytest.raises(RuntimeError, match="ValueError"):
+            asked.ask(PATIENCE, int, "x")
+        assert asked.ask(PATIENCE, os.getpid) == first
         with pytest.raises(DeviceLost) as lost:
             asked.ask(PATIENCE, _lose)
+        assert asked.ask(PATIENCE, os.getpid) != first
         assert (lost.value.contender, lost.value.why) == ("peer", "gone")
         with pytest.raises(TimeoutError, match="no answer within 0 s"):
             asked.ask(0.1, time.sleep, 60)
