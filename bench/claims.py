@@ -12,7 +12,6 @@ CLAIMS = {
     ("gated_mlp", "silu, step"): "**Train** a SwiGLU MLP, forward and backward",
     ("interaction_eigh", "2 strongest"): "**Read** a layer: the 2 strongest eigenvectors of each output",
     ("hosvd", "output"): "**Decompose** its tensor: the singular output directions (HOSVD)",
-    ("interaction_topk", "global, 100"): "**Rank** its interactions: the 100 strongest in a feature basis",
     ("rank1_accumulate", "gates"): "**Sum** gated rank-1 subcomponents into weights",
 }
 EXAMPLE = ("interaction_eigh", "2 strongest")
@@ -29,8 +28,7 @@ def example(receipts: Iterable[Receipt]) -> str:
     r = _of(receipts, *EXAMPLE)
     if r is None:
         return "No receipts yet."
-    device = f"{r['device'].removeprefix('CPU: ')}, {r['clock']}"
-    return f"At {_sizes(r)}: {_figures(r, 'eager')} ({device})."
+    return f"{_figures(r, 'eager')}. Device: {r['device'].removeprefix('CPU: ')}, {r['clock']}."
 
 
 def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
@@ -40,13 +38,20 @@ def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
 
 
 def _figures(r: Receipt, baseline: str = "") -> str:
-    """Our time and the baseline's, by default the best one's, and the share of its peak memory."""
+    """Our peak memory and time in place of the baseline's, by default the best one's."""
     name = baseline or r["best_baseline"]
     theirs = r["baselines"][name]
-    text = f"{duration(r['p50'])} in place of {duration(theirs['p50'])} ({name})"
-    if not theirs["peak_memory"]:
-        return text
-    return f"{text}, with {r['peak_memory'] / theirs['peak_memory']:.0%} of its peak memory"
+    times = f"{duration(r['p50'])} in place of {duration(theirs['p50'])}"
+    peaks = ""
+    if theirs["peak_memory"]:
+        peaks = f"{_size(r['peak_memory'])} of memory in place of {_size(theirs['peak_memory'])}, "
+    return f"{peaks}{times} ({name} PyTorch; {_sizes(r)})"
+
+
+def _size(count: float) -> str:
+    """Bytes, with two digits and a unit."""
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / scale:.2g} {unit}" if count / scale < 100 else f"{count / scale:.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

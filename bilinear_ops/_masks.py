@@ -58,12 +58,12 @@ def check_remainder(x: Tensor, delta: object, routing: object, **original: Tenso
 
 
 def flat_masks(masks: Masks, lead: torch.Size, c: int) -> Masks:
-    """`masks` with its tokens flattened and as the op takes it: a routed token is one whose delta is 1."""
+    """`masks` with the tokens flattened, as the op takes them. Where routing is False, delta is 1."""
     gates, source, delta, routing, samples = masks.gates, masks.source, masks.delta, masks.routing, masks.samples
     tokens = lead.numel()
     if routing is not None:
         routing = routing.expand(lead)
-        # a token past the subcomponents is one whose whole weight is the original
+        # where routing is False, the token uses the original weight alone
         delta = torch.where(routing, 0.0 if delta is None else delta, 1.0).expand(samples, *lead)
         routing = routing.reshape(tokens)
     return masks._replace(

@@ -57,7 +57,8 @@ class RowTile(_Launched):
     stages: int = 1
 
 
-# What a launcher runs. LIBRARY is the library's GEMM with our epilogue, or the composite.
+# What a launcher runs. LIBRARY is no tile of ours: gated launchers then run a library GEMM and our epilogue, and
+# interaction_matrices runs the composite, which impl="triton" refuses.
 Choice: TypeAlias = Tile | PairTile | RowTile | None
 LIBRARY = None
 
@@ -73,9 +74,9 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Modelled:
-    """The share of the main loop in which the tensor cores work: `tensor` under the key `receipt` of that file."""
+    """The share of the main loop in which the tensor cores work: `tensor` under `key` of that file."""
 
-    receipt: str
+    key: str
     tensor: float
 
 

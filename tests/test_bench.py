@@ -146,16 +146,16 @@ NAMES = ("claims", "example", "bench")
 
 def test_claims_quote_the_newest_receipt() -> None:
     """Ours before theirs, the best baseline in a claim, eager PyTorch in the example."""
-    baselines = {"eager": {"p50": 8e-3, "peak_memory": 400}, "packed": {"p50": 4e-3, "peak_memory": 200}}
-    receipt = _receipt(op="interaction_eigh", case="2 strongest", best_baseline="packed", baselines=baselines)
+    baselines = {"eager": {"p50": 8e-3, "peak_memory": 400_000}, "packed": {"p50": 4e-3, "peak_memory": 200_000}}
+    changes = {"op": "interaction_eigh", "case": "2 strongest", "best_baseline": "packed", "peak_memory": 50_000}
+    receipt = _receipt(**changes, baselines=baselines)
     older = {**receipt, "p50": 9e-3, "date": "2025-01-01T00:00:00Z"}
     modelled = {**receipt, "p50": 9e-3, "kind": "modelled", "date": "2027-01-01T00:00:00Z"}
     found = [receipt, older, modelled]
     (line,) = claims.claim_lines(found).splitlines()
-    assert line.endswith("of each output: 1 ms in place of 4 ms (packed), with 25% of its peak memory.")
-    assert claims.example(found) == (
-        "At m 2: 1 ms in place of 8 ms (eager), with 12% of its peak memory (Device, clock)."
-    )
+    assert line.endswith(": 50 kB of memory in place of 200 kB, 1 ms in place of 4 ms (packed PyTorch; m 2).")
+    assert claims.example(found).startswith("50 kB of memory in place of 400 kB, 1 ms in place of 8 ms (eager PyTorch")
+    assert claims.example(found).endswith("Device: Device, clock.")
     assert claims.claim_lines([modelled]) == claims.example([modelled]) == "No receipts yet."
 
 

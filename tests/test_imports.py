@@ -14,7 +14,7 @@ import pytest
 import bilinear_ops
 
 PACKAGE = Path(bilinear_ops.__file__).parent
-FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})  # rglob does not follow the link
+FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")})  # rglob does not follow the link
 
 # What the files of each folder may import beside the standard library and their own folder. Modules at the top of the
 # package are ops unless named here.

@@ -13,7 +13,7 @@ from bilinear_ops import _impl, environment
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.testing import randn
 
-ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_120", "gfx942")
+ARCHITECTURES = ("interpreter", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @contextmanager
@@ -81,6 +81,13 @@ BRANCHES = {
     "gated_mlp, bfloat16, fused": partial(gated, 65, torch.bfloat16),
     "gated_mlp, float32": partial(gated, 65),
     "gated_mlp, recompute": partial(gated, 65, torch.bfloat16, recompute=True),
+    "gated_mlp, mask": lambda: gated(65, torch.bfloat16, mask=torch.rand(65, 16)),
+    "stochastic_gated_mlp": lambda: partial(
+        bo.stochastic_gated_mlp,
+        *(randn(*s, requires_grad=True) for s in ((5, 3), (4, 3), (4, 3), (2, 4))),
+        torch.rand(5, 4),
+        seed=1,
+    ),
     "interaction_matrices, few directions": partial(matrices, 3),
     "interaction_matrices, many directions": partial(matrices, 20),
     "interaction_matrices, low rank formed": partial(matrices, 20, directions=2),
@@ -114,13 +121,18 @@ BRANCHES = {
     ),
     "stochastic_mask": lambda: partial(bo.stochastic_mask, torch.rand(5, 4), seed=1),
     "stochastic_delta": lambda: partial(bo.stochastic_delta, (5,), seed=1),
+    "subset_routing": lambda: partial(bo.subset_routing, 3, (5,), seed=1),
     "rank1_sparse, sparse": partial(sparse, 900),
     "rank1_sparse, dense": partial(sparse, 6),
     "faithfulness_loss": lambda: partial(
         bo.faithfulness_loss, *(randn(*s, requires_grad=True) for s in ((2, 3), (3, 4), (4, 2)))
     ),
+    "pooled_faithfulness_loss": lambda: partial(
+        bo.pooled_faithfulness_loss, [tuple(randn(*s, requires_grad=True) for s in ((2, 3), (3, 4), (4, 2)))]
+    ),
 }
 
+WITH_BACKWARD_KERNELS = ("gated", "rank1_linear", "stochastic_rank1", "stochastic_gated")
 TO_PYTORCH = "leaves these sizes to PyTorch"
 SHARED_TILES = "more than 48 outputs without a basis"
 
@@ -169,7 +181,9 @@ def test_every_branch_launches(branch, architecture):
     assert forward, f"{branch} launched nothing with the tables of {architecture}"
 
 
-@pytest.mark.parametrize("branch", [name for name in BRANCHES if name.startswith(("gated", "rank1_l", "stochastic_r"))])
+@pytest.mark.parametrize(
+    "branch", [name for name in BRANCHES if name.startswith(("gated", "rank1_l", "stochastic_r", "stochastic_g"))]
+)
 def test_backward_launches(branch, architecture):
     _, backward = launches(BRANCHES[branch]())
     assert backward, f"the backward of {branch} launched nothing with the tables of {architecture}"

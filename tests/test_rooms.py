@@ -10,10 +10,14 @@ import pytest
 
 import bench
 import bilinear_ops as bo
-from bilinear_ops import composite, interaction, kernels, rank1, reference
+from bilinear_ops import composite, environment, interaction, kernels, rank1, reference
 
 ROOT = Path(bo.__file__).parents[1]
 FAMILIES = {"interaction": interaction, "rank1": rank1}
+SHARED = {  # what the families of a room share
+    composite: {"blockwise"},
+    kernels: {"activation", "config", "launching", "records", "tile", "tuning"},
+}
 
 
 def modules(package):
@@ -32,12 +36,6 @@ def rooms(package):
     return {str(f.relative_to(folder).with_suffix("")) for f in files if f.name != "__init__.py" and f.exists()}
 
 
-def public_ops():
-    return {
-        name: getattr(bo, name) for name in bo.__all__ if inspect.isfunction(getattr(bo, name)) and name != "warmup"
-    }
-
-
 OPS = rooms(bo)
 
 
@@ -49,9 +47,12 @@ def test_every_op_module_has_a_specification():
     assert rooms(reference) == OPS
 
 
-@pytest.mark.parametrize("room", (composite, kernels), ids=lambda room: room.__name__)
+@pytest.mark.parametrize("room", SHARED, ids=lambda room: room.__name__)
 def test_other_rooms_use_the_names_of_the_ops(room):
-    assert rooms(room) <= OPS
+    (folder,) = {Path(p).resolve() for p in room.__path__}
+    assert {f.stem for f in folder.glob("*.py")} - {"__init__"} == {"gated"} | SHARED[room]
+    assert {f.name for f in folder.iterdir() if f.is_dir()} - {"__pycache__"} == set(FAMILIES)
+    assert {"gated", "interaction/matrices", "rank1/masked"} <= rooms(room) <= OPS
 
 
 @pytest.mark.parametrize("module", sorted(OPS))
@@ -64,13 +65,13 @@ def test_every_family_has_a_bench(family):
     assert (ROOT / "bench" / f"bench_{family}.py").exists()
 
 
-@pytest.mark.parametrize("name", sorted(public_ops()))
+@pytest.mark.parametrize("name", sorted(environment.public_ops()))
 def test_an_op_and_its_specification_live_in_modules_of_one_name(name):
     """A top-level op has a reference twin; `analysis` is built from ops and has none."""
     twin = getattr(reference, name)
     assert inspect.getmodule(inspect.unwrap(twin)).__name__.removeprefix(
         "bilinear_ops.reference."
-    ) == inspect.getmodule(inspect.unwrap(public_ops()[name])).__name__.removeprefix("bilinear_ops.")
+    ) == inspect.getmodule(inspect.unwrap(environment.public_ops()[name])).__name__.removeprefix("bilinear_ops.")
 
 
 def test_no_module_is_named_like_a_function_or_a_standard_module():

@@ -17,20 +17,20 @@ from bilinear_ops.rank1.masks import stochastic_delta, stochastic_mask, subset_r
 from bilinear_ops.rank1.sparse import rank1_sparse
 
 __all__ = [
-    "stochastic_gated_mlp",
-    "frequency_penalty",
-    "pooled_faithfulness_loss",
-    "smooth_l0",
-    "subset_routing",
     "component_gates",
     "faithfulness_loss",
+    "frequency_penalty",
     "importance_minimality",
     "lower_leaky_hard_sigmoid",
+    "pooled_faithfulness_loss",
     "rank1_accumulate",
     "rank1_linear",
     "rank1_sparse",
+    "smooth_l0",
     "stochastic_delta",
+    "stochastic_gated_mlp",
     "stochastic_mask",
     "stochastic_rank1_linear",
+    "subset_routing",
     "upper_leaky_hard_sigmoid",
 ]

@@ -6,6 +6,7 @@ Sources, cited by key in docstrings throughout the package:
   ICLR 2025, arXiv 2410.08417.
 - [S] Shazeer, "GLU variants improve transformer", 2020, arXiv 2002.05202.
 - [SPD] Bushnaq et al., "Stochastic Parameter Decomposition", 2025, arXiv 2506.20790.
+- [B] "Brain dump on parameter decompositions, transcoders", a post, and [A] its appendix.
 """
 
 from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
@@ -44,15 +45,11 @@ from bilinear_ops.reference.rank1 import (
 )
 
 __all__ = [
-    "stochastic_gated_mlp",
-    "frequency_penalty",
-    "pooled_faithfulness_loss",
-    "smooth_l0",
-    "subset_routing",
     "active_interactions",
     "component_gates",
     "eigen_form",
     "faithfulness_loss",
+    "frequency_penalty",
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
@@ -66,13 +63,17 @@ __all__ = [
     "lower_leaky_hard_sigmoid",
     "neuron_gram",
     "pack_symmetric",
+    "pooled_faithfulness_loss",
     "quadratic_form",
     "rank1_accumulate",
     "rank1_linear",
     "rank1_sparse",
+    "smooth_l0",
     "stochastic_delta",
+    "stochastic_gated_mlp",
     "stochastic_mask",
     "stochastic_rank1_linear",
+    "subset_routing",
     "unpack_symmetric",
     "upper_leaky_hard_sigmoid",
 ]

@@ -1,4 +1,4 @@
-"""The numbers of `bilinear_ops.reference.uniform`, bitwise, whatever the tile: splitmix64 with random access."""
+"""The numbers of `bilinear_ops.reference.rank1.masks`, bitwise, whatever the tile: splitmix64 with random access."""
 
 import torch
 import triton
