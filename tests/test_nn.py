@@ -85,7 +85,7 @@ def test_bilinearise(kind):
 
 def test_bad_options():
     with pytest.raises(ValueError, match="activation must be one of"):
-        bo.nn.GatedMLP(3, 4, activation="tanh")
+        bo.nn.GatedMLP(3, 4, activation="softplus")
     with pytest.raises(ValueError, match="beta belongs to"):
         bo.nn.GatedBilinear(3, 4, activation="silu", beta=0.5)
 

@@ -8,7 +8,7 @@ Sources, cited by key in docstrings throughout the package:
 - [SPD] Bushnaq et al., "Stochastic Parameter Decomposition", 2025, arXiv 2506.20790.
 """
 
-from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
+from bilinear_ops.reference.gated import gate, gated_bilinear, gated_mlp
 from bilinear_ops.reference.interaction import (
     active_interactions,
     eigen_form,
@@ -53,6 +53,7 @@ __all__ = [
     "component_gates",
     "eigen_form",
     "faithfulness_loss",
+    "gate",
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
