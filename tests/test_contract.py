@@ -88,7 +88,7 @@ def test_a_profiler_shows_the_op():
     """The autograd function of each op has the name of the op."""
     x, w, v, p, *_ = inputs()
     calls = {
-        "GatedBackward": lambda: bo.gated.gated_op(x, w, v, p, *[None] * 4, "identity", True, "torch")[0],
+        "GatedBackward": lambda: bo.gated.gated_op(x, w, v, p, *[None] * 6, "identity", True, "torch")[0],
         "InteractionBackward": lambda: bo.interaction_matrices(w, v, p),
         "SquaredDifferenceBackward": lambda: bo.rank1.losses.squared_difference_op(x[:2], w.t(), p.t(), "torch"),
     }

@@ -44,6 +44,17 @@ DENSE = {
     "granite": {},
 }
 
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+EXPERTS = {
+    "mixtral": {"options": {"num_local_experts": 4}, "gate": "activation='silu'"},
+    "qwen2_moe": {"options": {"num_experts": 4, **FEW}, "gate": "activation='silu'"},
+    "qwen3_moe": {"options": {"num_experts": 4, **FEW}, "gate": "activation='silu'"},
+    "gpt_oss": {  # a limit that its activations reach
+        "options": {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.02},
+        "gate": "activation='swish', beta=1.702, limit=0.02, offset=1.0",
+    },
+}
+
 
 def build(kind: str, **options) -> nn.Module:
     """A tiny random model of this library's model type."""
@@ -51,7 +62,8 @@ def build(kind: str, **options) -> nn.Module:
     from transformers.models.auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind.split()[0]](**{**SIZES, **DENSE.get(kind, {}), **options})
+    own = DENSE[kind] if kind in DENSE else EXPERTS[kind]["options"]
+    config = CONFIG_MAPPING[kind.split()[0]](**{**SIZES, **own, **options})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for p in model.parameters():
         if p.dim() == 1:  # biases and norms do something
@@ -106,6 +118,46 @@ def test_dense_models_compute_the_same(kind, recompute, monkeypatch):
     after = results(model, ids)
     assert all(torch.equal(after[n], t) for n, t in before.items())
     assert not revert(model)
+
+
+@pytest.mark.parametrize("products", ("grouped_mm", "batched_mm"))
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_compute_the_same(kind, products, monkeypatch):
+    model, ids = build(kind), tokens()
+    model.set_experts_implementation(products)
+    before, keys = results(model, ids), list(model.state_dict())
+    report = apply(model)
+    kinds = [type(m).__name__ for m in model.modules() if "bilinear" in "".join(vars(m))]
+    assert [e.kind for e in report.of("patched")] == kinds and len(kinds) == (4 if kind == "qwen2_moe" else 2)
+    gates = [e.reason for e in report if e.kind.endswith("Experts")]
+    assert gates == [EXPERTS[kind]["gate"]] * 2
+    seen: list[int] = []
+    op = bo.gated.gate_op
+    monkeypatch.setattr(bo.gated, "gate_op", lambda *args: seen.append(1) or op(*args))
+    assert_same(results(model, ids), before)
+    assert len(seen) == 2 and list(model.state_dict()) == keys
+    expected = model(ids).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(ids).logits, expected)
+    assert len(seen) == 8
+    if kind != "gpt_oss":
+        model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda m, args, out: 2 * out)
+        model(ids)
+        assert len(seen) == 9
+        model.model.layers[0].mlp.experts.act_fn._forward_hooks.clear()
+    revert(model)
+    after = results(model, ids)
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_experts_whose_gate_is_out_of_reach_are_left_alone():
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    assert {e.status for e in apply(model)} == {"left alone"}
+    model.set_experts_implementation("grouped_mm")
+    experts = model.model.layers[0].mlp.experts
+    experts._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
+    assert [e.status for e in apply(model)] == ["left alone", "patched"]
 
 
 @pytest.mark.parametrize("kind", ("llama", "gemma3_text", "phi3"))
@@ -334,12 +386,22 @@ PROVED = {
     "function": lambda m, x: m.down_proj(nn.functional.silu(m.gate_proj(x)) * m.up_proj(x)),
     "written out": lambda m, x: m.down_proj(m.gate_proj(x) * m.gate_proj(x).sigmoid() * m.up_proj(x)),
     "slope": lambda m, x: m.down_proj(m.gate_proj(x) * torch.sigmoid(1.7 * m.gate_proj(x)) * m.up_proj(x)),
+    "limit": lambda m, x: m.down_proj(
+        m.act_fn(m.gate_proj(x).clamp(max=m.limit)) * m.up_proj(x).clamp(min=-m.limit, max=m.limit)
+    ),
+    "limit after": lambda m, x: m.down_proj(
+        m.act_fn(m.gate_proj(x)).clamp(max=0.1) * m.up_proj(x).clamp(min=-0.1, max=0.1)
+    ),
+    "offset": lambda m, x: m.down_proj((m.up_proj(x) + 1) * m.act_fn(m.gate_proj(x))),
     "gelu": lambda m, x: m.down_proj(nn.functional.gelu(m.gate_proj(x), approximate="tanh") * m.up_proj(x)),
 }
 REFUSED = {
     "dropout": lambda m, x: m.down_proj(m.dropout(m.act_fn(m.gate_proj(x)) * m.up_proj(x))),
     "training": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * (m.up_proj(x) if m.training else m.gate_proj(x))),
     "scaled": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) * 0.5,
+    "unlike limits": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x).clamp(max=2.0)) * m.up_proj(x).clamp(-1.0, 1.0)),
+    "one limit": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x).clamp(max=2.0)) * m.up_proj(x)),
+    "odd limits": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)).clamp(max=1.0) * m.up_proj(x).clamp(-2.0, 1.0)),
     "scaled gate": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x) * 0.5) * m.up_proj(x)),
     "scaled input": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(0.5 * x)) * m.up_proj(x)),
     "no activation": lambda m, x: m.down_proj(m.gate_proj(x) * m.up_proj(x)),
@@ -402,6 +464,7 @@ def test_the_table_of_activations():
         torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), z)[0] for y in pair), rtol=1e-9, atol=1e-9)
     assert {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "linear", "relu", "quick_gelu"} <= set(known)
+    assert {"relu2", "relu6", "mish", "tanh", "hardswish", "sigmoid"} <= set(known)
     assert not {"leaky_relu", "prelu", "xielu", "gelu_10", "laplace"} & set(known)
 
 

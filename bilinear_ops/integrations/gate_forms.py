@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bilinear_ops import gates
 from bilinear_ops._check import DTYPES
 
 # Modules that are one of our activations, by full name, so that nothing has to be imported to know them.
@@ -28,7 +29,13 @@ MODULES: dict[str, dict[str, Any]] = {
     "transformers.activations.FastGELUActivation": {"activation": "gelu_tanh"},
     "transformers.activations.AccurateGELUActivation": {"activation": "gelu_tanh"},
     "transformers.activations.LinearActivation": {"activation": "identity"},
-    "transformers.activations.QuickGELUActivation": {"activation": "swish", "beta": 1.702},
+    "transformers.activations.QuickGELUActivation": gates.QUICK_GELU,
+    "transformers.activations.ReLUSquaredActivation": {"activation": "relu2"},
+    "transformers.activations.MishActivation": {"activation": "mish"},
+    "torch.nn.modules.activation.ReLU6": {"activation": "relu6"},
+    "torch.nn.modules.activation.Tanh": {"activation": "tanh"},
+    "torch.nn.modules.activation.Mish": {"activation": "mish"},
+    "torch.nn.modules.activation.Hardswish": {"activation": "hardswish"},
 }
 FUNCTIONS: dict[Any, dict[str, Any]] = {
     F.silu: {"activation": "silu"},
@@ -51,13 +58,20 @@ class NotAGate(Exception):
 class Form(NamedTuple):
     """A gated MLP down(act(gate(x)) * up(x)), or the gate of an experts module alone: its children and its gate."""
 
-    gate: str  # children by name; the same one twice where both halves are packed
+    gate: str  # Linears by name; the same one twice where it packs both halves, "" in experts
     up: str
     down: str
     act: str  # "" for a function
     halves: str  # "", "packed" or "interleaved"
     gate_first: bool  # of packed and interleaved halves
     options: dict[str, Any]  # keywords of the op
+
+    def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of what experts project to, as views."""
+        if self.halves == "interleaved":
+            return gate_up[..., ::2], gate_up[..., 1::2]
+        first, second = gate_up.chunk(2, -1)
+        return first, second
 
     def weights(self, module: nn.Module) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
         """(w, v, p) and (b_w, b_v, b_p) of an MLP, packed halves as views."""
@@ -67,6 +81,11 @@ class Form(NamedTuple):
         halves = [(None, None) if t is None else t.chunk(2) for t in (gate.weight, gate.bias)]
         (v, w), (b_v, b_w) = halves if self.gate_first else [pair[::-1] for pair in halves]
         return (w, v, down.weight), (b_w, b_v, down.bias)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module holds the stacked weights of gated experts."""
+    return "gate_up_proj" in module._parameters and "down_proj" in module._parameters
 
 
 def linear_names(module: nn.Module) -> tuple[str, ...]:
@@ -91,29 +110,34 @@ def mlp(module: nn.Module) -> Form:
     if kind != "linear" or down != linears[-1]:
         raise NotAGate(f"its forward does not end in {linears[-1]}")
     up, gate, options = _product(hid)
-    sides = [_source(e) for e in (gate, up)]
-    (gate_name, gate_half, halves), (up_name, up_half, _) = sides
-    if (
-        halves == "interleaved"
-        or sides[0][2] != sides[1][2]
-        or (halves and (gate_name != up_name or {gate_half, up_half} != {0, 1}))
-    ):
-        raise NotAGate("its gate and its linear side are not two Linears or two halves of one")
+    (gate_name, gate_half, halves), (up_name, up_half, up_halves) = _source(gate), _source(up)
+    packed = halves == up_halves == "packed" and gate_name == up_name and {gate_half, up_half} == {0, 1}
+    if not packed and (halves or up_halves):
+        raise NotAGate("its two sides are not two Linears or the halves of one")
     return Form(gate_name, up_name, down, act, halves, gate_half == 0, options)
 
 
 def experts(module: nn.Module) -> Form:
     """The form of the gate that an experts module applies between its grouped products. Raises NotAGate."""
+    own = own_class(module)
+    if not hasattr(own, "_apply_gate"):
+        raise NotAGate("its products and its gate are one function: transformers before 5.0")
+    if not isinstance(module._apply_gate, MethodType):
+        raise NotAGate("its gate was replaced")
+    products = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if products not in ("grouped_mm", "batched_mm"):
+        raise NotAGate(f"experts implementation {products!r} may compute the gate itself: set grouped_mm or batched_mm")
 
     def gate(module: nn.Module, gate_up: Tensor) -> Tensor:
-        return type(module)._apply_gate(module, gate_up)  # type: ignore[attr-defined]
+        return own._apply_gate(module, gate_up)
 
     expression, act = _same_in_both_modes(module, gate, ())
-    up, gate_side, options = _product(expression)
-    sides = {(e[0], e[1]): e for e in (gate_side, up)}
-    if {k for k in sides} != {("half", 0), ("half", 1)} or any(e[3] != ("input",) for e in sides.values()):
-        raise NotAGate("its gate does not act on the two halves of what the experts project to")
-    return Form("", "", "", act, up[2], gate_side[1] == 0, options)
+    up, gated, options = _product(expression)
+    for layout in ("packed", "interleaved"):
+        both = [("half", i, layout, ("input",)) for i in (0, 1)]
+        if [gated, up] in (both, both[::-1]):
+            return Form("", "", "", act, layout, gated == both[0], options)
+    raise NotAGate("its gate does not act on the two halves of what the experts project to")
 
 
 def _why_not_plain(linear: nn.Module) -> str | None:
@@ -279,26 +303,30 @@ def _product(e: Expression) -> tuple[Expression, Expression, dict[str, Any]]:
     for gated, linear in (e[1:], e[:0:-1]):
         found = _gated(gated)
         if found is not None:
-            z, limit, options = found
-            a, other_limit, offset = _linear(linear)
-            if limit != other_limit or limit is not None or offset:
-                raise NotAGate("its gate clamps or shifts its sides, which the op does not")
-            return a, z, options
+            z, options = found
+            a, bounds = _linear(linear)
+            if bounds.get("limit") != options.get("limit"):
+                raise NotAGate("its gate clamps its two sides at unlike limits")
+            return a, z, options | bounds
     raise NotAGate("neither factor of its product is an activation")
 
 
-def _gated(e: Expression) -> tuple[Expression, float | None, dict[str, Any]] | None:
-    """(z, limit, keywords) of act(min(z, limit)), else None."""
-    if e[0] == "act":
+def _gated(e: Expression) -> tuple[Expression, dict[str, Any]] | None:
+    """(z, keywords) of act(min(z, limit)), or of min(silu(z), limit); else None."""
+    limit = None
+    if e[0] == "clamp" and e[2] is None and e[1][:2] == ("act", "silu"):
+        _, (_, _, beta, z), _, limit = e
+        activation = "silu_clamped"
+    elif e[0] == "act":
         _, activation, beta, z = e
     elif e[0] == "mul" and (written_out := _swish(e[1], e[2]) or _swish(e[2], e[1])):
         activation, beta, z = written_out
     else:
         return None
-    limit = None
-    if z[0] == "clamp" and z[2] is None:
+    if limit is None and z[0] == "clamp" and z[2] is None:
         _, z, _, limit = z
-    return z, limit, {"activation": activation} | ({"beta": beta} if beta != 1.0 else {})
+    options = {"activation": activation}
+    return z, options | ({"beta": beta} if beta != 1.0 else {}) | ({} if limit is None else {"limit": limit})
 
 
 def _swish(z: Expression, s: Expression) -> tuple[str, float, Expression] | None:
@@ -310,14 +338,14 @@ def _swish(z: Expression, s: Expression) -> tuple[str, float, Expression] | None
     return ("swish", s[3][2], z) if s[3][:2] == ("scale", z) else None
 
 
-def _linear(e: Expression) -> tuple[Expression, float | None, float]:
-    """(a, limit, offset) of clamp(a, -limit, limit) + offset."""
-    limit, offset = None, 0.0
+def _linear(e: Expression) -> tuple[Expression, dict[str, float]]:
+    """(a, keywords) of clamp(a, -limit, limit) + offset."""
+    bounds = {}
     if e[0] == "shift":
-        _, e, offset = e
-    if e[0] == "clamp" and e[2] is not None and e[3] == -e[2]:
-        _, e, _, limit = e
-    return e, limit, offset
+        _, e, bounds["offset"] = e
+    if e[0] == "clamp" and isinstance(e[2], int | float) and e[3] == -e[2]:
+        _, e, _, bounds["limit"] = e
+    return e, bounds
 
 
 def _source(e: Expression) -> tuple[str, int | None, str]:

@@ -13,13 +13,21 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bilinear_ops.gated import gated_mlp
+from bilinear_ops.gated import gate, gated_mlp
 from bilinear_ops.integrations import gate_forms
-from bilinear_ops.integrations.gate_forms import MLPS, Form, NotAGate, is_untouched, linear_names, own_class
+from bilinear_ops.integrations.gate_forms import (
+    MLPS,
+    Form,
+    NotAGate,
+    has_experts,
+    is_untouched,
+    linear_names,
+    own_class,
+)
 from bilinear_ops.integrations.weights import GatedWeights, gated_weights
 
 __all__ = ["Entry", "GatedWeights", "Report", "apply", "gated_weights", "revert"]
@@ -59,13 +67,15 @@ class _How(NamedTuple):
 
 
 def apply(model: nn.Module, *, impl: str = "auto", recompute: bool = False) -> Report:
-    """Run the gated MLPs of a model of the transformers library through `gated_mlp`, in place.
+    """Run the gated MLPs of a model of the transformers library through `gated_mlp`, in place, and its experts' gates
+    through `gate`.
 
     A module is patched where its forward is proved, by tracing it, to be down(act(gate(x)) * up(x)) over plain
     `torch.nn.Linear`s, or over one that packs both halves, with an activation that the ops have. Everything else, such
     as modules with hooks, adapters, parametrisations, quantised or tensor-parallel weights, keeps its forward, and so
-    does a patched module from the moment one of these is added to it. Class names, `isinstance`, parameters,
-    state_dict keys, pickling and copying stay as they are.
+    does a patched module from the moment one of these is added to it. Of experts (transformers 5 and newer) the
+    library's grouped products stay; the gate between them is read from the module and replaced. Class names,
+    `isinstance`, parameters, state_dict keys, pickling and copying stay as they are.
 
     Args:
         model: any module; its submodules are searched.
@@ -129,7 +139,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in _named_modules(model):
-        if linear_names(module):
+        if linear_names(module) or has_experts(module):
             yield name, module
 
 
@@ -137,7 +147,7 @@ def _prove(module: nn.Module, impl: str, recompute: bool) -> _How:
     """How to run a module, or NotAGate with why not."""
     if not isinstance(module.forward, MethodType):
         raise NotAGate("its forward was replaced")
-    form = gate_forms.mlp(module)
+    form = gate_forms.experts(module) if has_experts(module) else gate_forms.mlp(module)
     act = getattr(module, form.act) if form.act else None
     constants = tuple((k, v) for k, v in vars(module).items() if k[0] != "_" and k != "training" and _is_constant(v))
     how = _How(form, None if act is None else type(act), constants, impl, recompute)
@@ -169,15 +179,16 @@ def _holds(module: nn.Module, how: _How) -> bool:
         act = getattr(module, form.act)
         if act.__class__ is not how.act or not is_untouched(act):
             return False
+    return _no_global_hooks() and (has_experts(module) or _plain_linears(module, form))
+
+
+def _plain_linears(module: nn.Module, form: Form) -> bool:
     linears: list[Any] = [getattr(module, n) for n in (form.gate, form.up, form.down)]
     if not all(type(m) is nn.Linear and is_untouched(m) for m in linears):
         return False
-    gate, up, down = (m.weight for m in linears)
-    if not (gate.dtype == up.dtype == down.dtype and gate.device == up.device == down.device):
-        return False
-    if any(is_traceable_wrapper_subclass(t) for t in (gate, up, down)):
-        return False
-    return _no_global_hooks()
+    first, *others = (m.weight for m in linears)
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in others)
+    return alike and not any(is_traceable_wrapper_subclass(t) for t in (first, *others))
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -196,15 +207,23 @@ def _patched_class(original: type[nn.Module]) -> type[nn.Module]:
             (w, v, p), biases = how.form.weights(self)
             return gated_mlp(args[0], w, v, p, *biases, recompute=how.recompute, impl=how.impl, **how.form.options)
 
+        def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
+            how = vars(self)[STATE]
+            if is_traceable_wrapper_subclass(gate_up) or not _holds(self, how):
+                return original._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+            first, second = how.form.split(gate_up)
+            a, z = (second, first) if how.form.gate_first else (first, second)
+            return gate(a, z, impl=how.impl, **how.form.options)
+
+        replaced = {"_apply_gate": _apply_gate} if hasattr(original, "_apply_gate") else {"forward": forward}
         names = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": lambda self, protocol: (_restore, (original,), vars(self)),
             "_bilinear_ops_original": original,
-            "forward": forward,
         }
-        _classes[original] = type(original.__name__, (original,), names)
+        _classes[original] = type(original.__name__, (original,), names | replaced)
     return _classes[original]
 
 

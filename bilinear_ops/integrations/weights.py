@@ -12,7 +12,7 @@ from bilinear_ops.integrations.gate_forms import NotAGate, linear_names
 
 
 class GatedWeights(NamedTuple):
-    """A gated MLP's weights and biases, `gated_mlp(x, *weights[:6], activation=..., beta=...)`."""
+    """A gated MLP's weights and biases, `gated_mlp(x, *weights[:6], activation=...)`, with beta, limit and offset."""
 
     w: Tensor
     v: Tensor
@@ -22,6 +22,8 @@ class GatedWeights(NamedTuple):
     b_p: Tensor | None
     activation: str
     beta: float = 1.0
+    limit: float | None = None
+    offset: float | None = None
 
 
 def gated_weights(model: nn.Module, layer: int | str, fold_norm: bool = True) -> GatedWeights:
@@ -34,8 +36,8 @@ def gated_weights(model: nn.Module, layer: int | str, fold_norm: bool = True) ->
             x / sqrt(mean(x^2) + eps) of the residual stream x. The norm is found by running the model on two tokens.
 
     Returns:
-        `GatedWeights(w, v, p, b_w, b_v, b_p, activation, beta)`: w, v `[h, d]`, p `[o, h]`, halves of packed weights in
-        their right order, detached; they share the model's memory except where a norm is folded in.
+        `GatedWeights(w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)`: w, v `[h, d]`, p `[o, h]`, halves of
+            packed weights in their right order, detached; they share the model's memory unless a norm is folded in.
 
     Raises:
         TypeError: a model that is not a module.
