@@ -3,19 +3,22 @@
 import copy
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import bilinear_ops as bo
 from bilinear_ops.integrations.transformers import apply, gated_weights, revert
 from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+needs_stacked_experts = pytest.mark.skipif(transformers.__version__ < "5", reason="experts are not stacked")
 
 SIZES = dict(
     hidden_size=24,
@@ -120,6 +123,7 @@ def test_dense_models_compute_the_same(kind, recompute, monkeypatch):
     assert not revert(model)
 
 
+@needs_stacked_experts
 @pytest.mark.parametrize("products", ("grouped_mm", "batched_mm"))
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_compute_the_same(kind, products, monkeypatch):
@@ -150,6 +154,7 @@ def test_experts_compute_the_same(kind, products, monkeypatch):
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
+@needs_stacked_experts
 def test_experts_whose_gate_is_out_of_reach_are_left_alone():
     model = build("mixtral")
     model.set_experts_implementation("eager")
@@ -446,6 +451,36 @@ def test_a_constant_that_changes_gives_the_forward_back(monkeypatch):
     assert torch.equal(module(x), Custom.forward(module, x)) and len(seen) == 1
 
 
+LIMITED = {  # MLPs of the library that clamp, and what is read from them
+    "deepseek_v4.DeepseekV4MLP": "activation='silu', limit=0.3",
+    "glm5_next.Glm5NextTextMLP": "activation='silu', limit=0.3",
+    "step3p7.Step3p7MLP": "activation='silu_clamped', limit=0.3",
+    "minimax_m3_vl.MiniMaxM3VLDenseMLP": "activation='swish', beta=1.5, limit=0.3, offset=1.0",
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_are_read_from_the_module(name):
+    import importlib
+
+    model, _, kind = name.partition(".")
+    try:
+        library = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    except ImportError:
+        pytest.skip("not in this version of the library")
+    sizes = dict(hidden_size=24, intermediate_size=56, dense_intermediate_size=56, mlp_bias=False, hidden_act="silu")
+    limits = dict(swiglu_limit=0.3, swiglu_limits_shared=[0.3], swiglu_alpha=1.5)
+    module = getattr(library, kind)(SimpleNamespace(**sizes, **limits), *([0] if kind == "Step3p7MLP" else []))
+    x = 2 * randn(7, 24)
+    leaves = [x.requires_grad_(), *module.parameters()]
+    before = module(x)
+    expected = (before, *torch.autograd.grad(before.square().sum(), leaves))
+    (entry,) = apply(module)
+    assert (entry.status, entry.reason) == ("patched", LIMITED[name])
+    y = module(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), leaves)), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_table_of_activations():
     """Every activation of the library is ours in values and gradients, or unknown to us."""
     from transformers.activations import ACT2FN
@@ -464,7 +499,7 @@ def test_the_table_of_activations():
         torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), z)[0] for y in pair), rtol=1e-9, atol=1e-9)
     assert {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "linear", "relu", "quick_gelu"} <= set(known)
-    assert {"relu2", "relu6", "mish", "tanh", "hardswish", "sigmoid"} <= set(known)
+    assert {"relu2", "relu6", "mish", "tanh", "hardswish", "sigmoid"} & set(ACT2FN) <= set(known)
     assert not {"leaky_relu", "prelu", "xielu", "gelu_10", "laplace"} & set(known)
 
 
