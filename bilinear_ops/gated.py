@@ -95,7 +95,8 @@ def gated_mlp(
         p: `[o, h]` down-projection.
         b_p: `[o]` its bias.
         recompute: keep only x, `d` elements a token, and compute the pre-activations again in backward.
-        mask: broadcasts to `[..., h]`, in any floating dtype: multiplies the hidden units, in float32 or better.
+        mask: broadcasts to `[..., h]`, in any floating dtype: multiplies the hidden units, in float32 or better; not
+            with limit or offset (ValueError).
 
     Returns:
         `[..., o]`, contiguous, in x's dtype.

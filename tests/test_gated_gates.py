@@ -239,5 +239,7 @@ def test_gate_errors():
         bo.gate(a, randn(5, 3))
     with pytest.raises(ValueError, match="activation must be one of"):
         bo.gate(a, a, activation="softplus")
+    with pytest.raises(ValueError, match="mask does not go with limit or offset"):
+        bo.gated_mlp(a, a[:3], a[:3], randn(2, 3), mask=torch.ones(3), limit=1.0)
     with pytest.raises(TypeError, match="z must be a torch.Tensor"):
         bo.gate(a, None)

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import bilinear_ops as bo
 from bilinear_ops.integrations.transformers import apply, gated_weights, revert
@@ -18,7 +19,7 @@ from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-needs_stacked_experts = pytest.mark.skipif(transformers.__version__ < "5", reason="experts are not stacked")
+needs_stacked_experts = pytest.mark.skipif(version("transformers") < "5", reason="experts are not stacked")
 
 SIZES = dict(
     hidden_size=24,
