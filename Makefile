@@ -23,7 +23,7 @@ lint: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[test,demo,plots]"
+	$(BIN)/pip install -c constraints.txt -e ".[test,demo,plots,transformers]"
 	touch $@
 
 clean:

@@ -26,6 +26,7 @@ from bench.harness.workload import (
 )
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.reference.gated import activate
+from bilinear_ops.results import Gate
 
 SHAPES = {  # (tokens, d, h)
     ("cpu", "tiny"): [(32, 48, 64)],
@@ -168,10 +169,10 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
     from bilinear_ops.kernels import gated
 
     def forward_of(backend: ModuleType) -> Callable[..., Tensors]:
-        return lambda x, w, v: backend.gate_forward(x, w, v, None, None, None, "silu", True)
+        return lambda x, w, v: backend.gate_forward(x, w, v, None, None, Gate("silu"), True)
 
     def backward_of(backend: ModuleType) -> Callable[..., Tensors]:
-        return lambda dy, p, az: backend.gate_backward(dy, p, az, None, "silu", True, False)[:2]
+        return lambda dy, p, az: backend.gate_backward(dy, p, az, Gate("silu"), True, False)[:2]
 
     dtype = torch.bfloat16
     for m, d, h in SHAPES[device.type, size]:

@@ -1,7 +1,7 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
-from bilinear_ops import analysis, init, integrations, nn, plots, reference
-from bilinear_ops.gated import gated_bilinear, gated_mlp
+from bilinear_ops import analysis, gates, init, integrations, nn, plots, reference
+from bilinear_ops.gated import gate, gated_bilinear, gated_mlp
 from bilinear_ops.interaction import (
     active_interactions,
     eigen_form,
@@ -51,8 +51,10 @@ __all__ = [
     "eigen_form",
     "faithfulness_loss",
     "frequency_penalty",
+    "gate",
     "gated_bilinear",
     "gated_mlp",
+    "gates",
     "importance_minimality",
     "init",
     "integrations",

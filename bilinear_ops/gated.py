@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import DTYPES, check
 from bilinear_ops.composite import gated as composite
-from bilinear_ops.results import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS, Gate
+
+
+class Numbers(NamedTuple):
+    """The run-time numbers of a gate, as callers give them."""
+
+    beta: float | Tensor = 1.0
+    limit: float | Tensor | None = None
+    offset: float | Tensor | None = None
+
 
 SMALL_ON_CPU = 1 << 28  # tokens x d x h up to which eager PyTorch is faster: by 15 % at 2^26, 5 % at 2^28; measured
 
@@ -22,6 +33,8 @@ def gated_bilinear(
     *,
     activation: str = "identity",
     beta: float | Tensor = 1.0,
+    limit: float | Tensor | None = None,
+    offset: float | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """(x w^T + b_w) * act(x v^T + b_v), the gated bilinear layer without its down-projection ([P] eq. 1, [S]).
@@ -30,9 +43,14 @@ def gated_bilinear(
         x: `[..., d]` inputs.
         w, v: `[h, d]` linear and gated up-projections, in any layout; packed halves are used in place.
         b_w, b_v: `[h]` biases.
-        activation: identity, silu, swish, sigmoid, relu, gelu (erf) or gelu_tanh.
+        activation: identity, silu, swish, sigmoid, relu, gelu (erf), gelu_tanh, relu2 (relu(z)^2), relu6, tanh, mish,
+            hardswish, silu_clamped (silu, with `limit` applied after it) or silu_bounded, which bounds both sides
+            smoothly: 25 tanh(a / 25) * 4 tanh(z / 4) sigmoid(z). `bilinear_ops.gates` names the gates of models.
         beta: slope of swish, z sigmoid(beta z): a float or a 0-dim tensor on x's device, which gets a gradient.
-            No value of it recompiles a compiled caller. swish at beta 0 is z / 2, not z.
+            swish at beta 0 is z / 2, not z.
+        limit: clamps z = x v^T + b_v from above and a = x w^T + b_w on both sides, [-limit, limit], before all else;
+            gradients are 0 outside. A float or a 0-dim tensor without a gradient.
+        offset: added to a after its clamp, as limit. No value of beta, limit or offset recompiles a compiled caller.
         impl: "auto", "triton" or "torch"; on CPU "auto" leaves small layers to eager PyTorch, which is faster there:
             up to 2^28 products of tokens, d and h.
 
@@ -42,10 +60,12 @@ def gated_bilinear(
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, or impl="triton" where it cannot run.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: unknown activation or impl, or a beta without swish.
+        ValueError: unknown activation or impl, a beta without swish, a limit with silu_bounded, a limit that is not
+            positive, or a limit or offset that asks for a gradient.
     """
     x, w, v, b_w, b_v = _op.autocast(x, w, v, b_w, b_v)
-    return _gated(x, w, v, None, b_w, b_v, None, activation, beta, False, impl)
+    numbers = Numbers(beta, limit, offset)
+    return _gated(x, w, v, None, b_w, b_v, None, activation, numbers, False, impl)
 
 
 def gated_mlp(
@@ -59,6 +79,8 @@ def gated_mlp(
     *,
     activation: str = "identity",
     beta: float | Tensor = 1.0,
+    limit: float | Tensor | None = None,
+    offset: float | Tensor | None = None,
     recompute: bool = False,
     mask: Tensor | None = None,
     impl: str = "auto",
@@ -69,11 +91,12 @@ def gated_mlp(
     enough that "auto" leaves them to eager PyTorch).
 
     Args:
-        x, w, v, b_w, b_v, activation, beta, impl: as for `gated_bilinear`.
+        x, w, v, b_w, b_v, activation, beta, limit, offset, impl: as for `gated_bilinear`.
         p: `[o, h]` down-projection.
         b_p: `[o]` its bias.
         recompute: keep only x, `d` elements a token, and compute the pre-activations again in backward.
-        mask: broadcasts to `[..., h]`, in any floating dtype: multiplies the hidden units, in float32 or better.
+        mask: broadcasts to `[..., h]`, in any floating dtype: multiplies the hidden units, in float32 or better; not
+            with limit or offset (ValueError).
 
     Returns:
         `[..., o]`, contiguous, in x's dtype.
@@ -82,11 +105,48 @@ def gated_mlp(
         as `gated_bilinear`.
     """
     x, w, v, p, b_w, b_v, b_p = _op.autocast(x, w, v, p, b_w, b_v, b_p)
+    numbers = Numbers(beta, limit, offset)
     if mask is not None:
+        if limit is not None or offset is not None:
+            raise ValueError("mask does not go with limit or offset")
         from bilinear_ops.rank1.gated import masked_gated_mlp  # which imports this module
 
         return masked_gated_mlp(x, w, v, p, mask, b_w, b_v, b_p, activation, beta, recompute, impl)
-    return _gated(x, w, v, p, b_w, b_v, b_p, activation, beta, recompute, impl)
+    return _gated(x, w, v, p, b_w, b_v, b_p, activation, numbers, recompute, impl)
+
+
+def gate(
+    a: Tensor,
+    z: Tensor,
+    *,
+    activation: str = "identity",
+    beta: float | Tensor = 1.0,
+    limit: float | Tensor | None = None,
+    offset: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """(clamp(a) + offset) * act(clamp(z)): the gate of `gated_bilinear` on given pre-activations.
+
+    Args:
+        a, z: `[..., h]` linear and gated pre-activations of any strides, such as the halves of one tensor, packed
+            (`chunk(2, -1)`) or interleaved (`[..., 1::2]`, `[..., ::2]`).
+        activation, beta, limit, offset: as for `gated_bilinear`.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        `[..., h]`, contiguous, in a's dtype.
+
+    Raises:
+        as `gated_bilinear`.
+    """
+    check(a=(a, "... h"), z=(z, "... h"))
+    if a.shape != z.shape:
+        raise RuntimeError(f"z must have the shape of a, {list(a.shape)}, got {list(z.shape)}")
+    numbers = check_gate(activation, Numbers(beta, limit, offset), a)
+    impl = _impl.resolve(impl, a)
+    if _impl.needs_reference():
+        return reference.gate(a, z, activation=activation, **numbers._asdict())
+    return gate_op(_rows(a), _rows(z), *number_tensors(activation, numbers, a), activation, impl).view(a.shape)
 
 
 def _gated(
@@ -98,7 +158,7 @@ def _gated(
     b_v: Tensor | None,
     b_p: Tensor | None,
     activation: str,
-    beta: float | Tensor,
+    numbers: Numbers,
     recompute: bool,
     impl: str,
 ) -> Tensor:
@@ -111,16 +171,19 @@ def _gated(
         b_v=(b_v, "? h"),
         b_p=(b_p, "? o"),
     )
-    beta = check_beta(beta, activation, x)
+    beta, limit, offset = numbers = check_gate(activation, numbers, x)
     small = impl == "auto" and not recompute and _is_small(x, w)
     impl = _impl.resolve(impl, x)
     if small or _impl.needs_reference():
-        return _reference(x, w, v, p, b_w, b_v, b_p, beta, activation=activation)
+        return _reference(x, w, v, p, b_w, b_v, b_p, beta, limit=limit, offset=offset, activation=activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y, _ = gated_op(rows, *tensors[:-1], beta_tensor(beta, activation, x), activation, save, impl)
+    y, _ = gated_op(_rows(x), *tensors[:-1], *number_tensors(activation, numbers, x), activation, save, impl)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def _is_small(x: Tensor, w: Tensor) -> bool:
@@ -128,35 +191,48 @@ def _is_small(x: Tensor, w: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() * w.shape[0] <= SMALL_ON_CPU and not torch.compiler.is_compiling()
 
 
-def check_beta(beta: float | Tensor, activation: str, x: Tensor) -> float | Tensor:
+def check_gate(activation: str, numbers: Numbers, like: Tensor) -> Numbers:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if isinstance(beta, Tensor):
-        if activation != "swish":
-            raise ValueError(f"beta belongs to activation='swish', got a tensor with {activation!r}")
-        if beta.dtype not in DTYPES:
-            raise TypeError(f"beta must be a floating-point tensor, got {beta.dtype}")
-        if beta.dim() != 0:
-            raise RuntimeError(f"beta must be a float or have shape [], got {list(beta.shape)}")
-        if beta.device != x.device:
-            raise RuntimeError(f"beta must be on the device of x, {x.device}, got {beta.device}")
-    elif not isinstance(beta, float | int | torch.SymFloat):
-        raise TypeError(f"beta must be a float or a 0-dim tensor, got {type(beta).__name__}")
-    elif activation != "swish" and beta != 1.0:
-        raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
-    return beta
+    beta, limit, offset = numbers
+    _check_number("beta", beta, like)
+    if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
+        got = "a tensor" if isinstance(beta, Tensor) else beta
+        raise ValueError(f"beta belongs to activation='swish', got {got} with {activation!r}")
+    for name, number in (("limit", limit), ("offset", offset)):
+        if number is not None:
+            _check_number(name, number, like)
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise ValueError(f"{name} has no gradient, got a tensor that requires one")
+    if limit is not None and activation == "silu_bounded":
+        raise ValueError("limit does not belong to activation='silu_bounded', which has bounds of its own")
+    if limit is not None and not isinstance(limit, Tensor) and limit <= 0:
+        raise ValueError(f"limit must be positive, got {limit}")
+    return numbers
 
 
-def beta_tensor(beta: float | Tensor, activation: str, x: Tensor) -> Tensor | None:
+def _check_number(name: str, number: object, like: Tensor) -> None:
+    if isinstance(number, Tensor):
+        if number.dtype not in DTYPES:
+            raise TypeError(f"{name} must be a floating-point tensor, got {number.dtype}")
+        if number.dim() != 0:
+            raise RuntimeError(f"{name} must be a float or have shape [], got {list(number.shape)}")
+        if number.device != like.device:
+            raise RuntimeError(f"{name} must be on the device of x, {like.device}, got {number.device}")
+    elif not isinstance(number, float | int | torch.SymFloat):
+        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(number).__name__}")
+
+
+def number_tensors(activation: str, numbers: Numbers, like: Tensor) -> tuple[Tensor | None, ...]:
     """A run-time number enters the op as a tensor: as a float it would recompile a compiled caller for every value.
 
     The product, unlike `torch.full`, is a form in which torch.compile keeps a float symbolic.
     """
-    if activation != "swish":
-        return None
-    if isinstance(beta, Tensor):
-        return beta
-    return torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) * beta
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    given = (numbers.beta if activation == "swish" else None, numbers.limit, numbers.offset)
+    return tuple(
+        n if n is None or isinstance(n, Tensor) else torch.ones((), dtype=dtype, device=like.device) * n for n in given
+    )
 
 
 def launchers():
@@ -175,17 +251,19 @@ def _forward(
     b_v: Tensor | None,
     b_p: Tensor | None,
     beta: Tensor | None,
+    limit: Tensor | None,
+    offset: Tensor | None,
     activation: str,
     save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     path = composite if impl == "torch" else launchers()
-    hid, az = path.gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    hid, az = path.gate_forward(x, w, v, b_w, b_v, Gate(activation, beta, limit, offset), save)
     y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
     return y, _op.or_empty(az, x)
 
 
-def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, activation, save, impl):
+def _forward_fake(x, w, v, p, b_w, b_v, b_p, beta, limit, offset, activation, save, impl):
     az = x.new_empty(x.shape[0], 2 * w.shape[0]) if save else x.new_empty(0)
     return x.new_empty(x.shape[0], (w if p is None else p).shape[0]), az
 
@@ -201,6 +279,8 @@ def backward(
     b_v: Tensor | None,
     b_p: Tensor | None,
     beta: Tensor | None,
+    limit: Tensor | None,
+    offset: Tensor | None,
     activation: str,
     need: list[bool],
     impl: str,
@@ -214,6 +294,7 @@ def backward(
     """
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     path = composite if impl == "torch" else launchers()
+    gate_of = Gate(activation, beta, limit, offset)
     h, d = w.shape
     dx = x.new_empty(x.shape) if need_x else None
     dwv = dp = db = dbeta = None
@@ -221,7 +302,7 @@ def backward(
         b_x, b_dy = x[rows], dy[rows]
         b_az = az[rows] if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
         if need_x or need_w or need_v or need_bw or need_bv or need_beta:
-            dadz, hid, b_dbeta = path.gate_backward(b_dy, p, b_az, beta, activation, need_p, need_beta)
+            dadz, hid, b_dbeta = path.gate_backward(b_dy, p, b_az, gate_of, need_p, need_beta)
             if hid is not None:
                 hid = hid if route is None else hid.mul_(route[rows])
                 dp = _plus_product(dp, b_dy, hid)
@@ -237,7 +318,7 @@ def backward(
             if b_dbeta is not None:
                 dbeta = _plus(dbeta, b_dbeta)
         elif need_p:
-            hid = path.gate(b_az, beta, activation)
+            hid = path.gate(b_az[:, :h], b_az[:, h:], gate_of)
             dp = _plus_product(dp, b_dy, hid if route is None else hid.mul_(route[rows]))
     if dbeta is not None and beta is not None:
         dbeta = dbeta.to(beta.dtype)
@@ -266,7 +347,7 @@ def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
     return pair[:, 0 if first else h : 2 * h if second else h]
 
 
-def _backward_fake(dy, az, x, w, v, p, b_w, b_v, b_p, beta, activation, need, impl):
+def _backward_fake(dy, az, x, w, v, p, b_w, b_v, b_p, beta, limit, offset, activation, need, impl):
     need_x, need_w, need_v, need_p, need_bw, need_bv, need_bp, need_beta = need
     h, d = w.shape
     return (
@@ -302,18 +383,20 @@ def _reference(
     b_p: Tensor | None,
     beta: float | Tensor | None,
     *,
+    limit: float | Tensor | None,
+    offset: float | Tensor | None,
     activation: str,
 ) -> Tensor:
     """The result of the op by the reference: differentiable to any order and under every transform."""
     beta = 1.0 if beta is None else beta
     if p is None:
-        return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
-    return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta)
+        return reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta, limit=limit, offset=offset)
+    return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta, limit=limit, offset=offset)
 
 
 gated_op, gated_backward_op = _op.differentiable(
     "gated(Tensor x, Tensor w, Tensor v, Tensor? p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
-    "str activation, bool save, str impl) -> (Tensor, Tensor)",
+    "Tensor? limit, Tensor? offset, str activation, bool save, str impl) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     backward,
@@ -321,4 +404,64 @@ gated_op, gated_backward_op = _op.differentiable(
     backward_fake=_backward_fake,
     backward_outputs=6,
     unpack=unpack,
+)
+
+
+def _gate_forward(
+    a: Tensor,
+    z: Tensor,
+    beta: Tensor | None,
+    limit: Tensor | None,
+    offset: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    path = composite if impl == "torch" else launchers()
+    return path.gate(a, z, Gate(activation, beta, limit, offset))
+
+
+def _gate_fake(a, z, beta, limit, offset, activation, impl):
+    return a.new_empty(a.shape)
+
+
+def _gate_backward(
+    dhid: Tensor,
+    a: Tensor,
+    z: Tensor,
+    beta: Tensor | None,
+    limit: Tensor | None,
+    offset: Tensor | None,
+    activation: str,
+    need: list[bool],
+    impl: str,
+) -> tuple[Tensor | None, ...]:
+    path = composite if impl == "torch" else launchers()
+    da, dz = a.new_empty(a.shape), a.new_empty(a.shape)
+    dbeta = path.gate_gradients(dhid, a, z, Gate(activation, beta, limit, offset), da, dz, None, need[2])
+    return (
+        da if need[0] else None,
+        dz if need[1] else None,
+        None if dbeta is None or beta is None else dbeta.to(beta.dtype),
+    )
+
+
+def _gate_reference(
+    a: Tensor,
+    z: Tensor,
+    beta: float | Tensor | None,
+    *,
+    limit: Tensor | None,
+    offset: Tensor | None,
+    activation: str,
+) -> Tensor:
+    beta = 1.0 if beta is None else beta
+    return reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
+
+
+gate_op, gate_backward_op = _op.differentiable(
+    "gate(Tensor a, Tensor z, Tensor? beta, Tensor? limit, Tensor? offset, str activation, str impl) -> Tensor",
+    _gate_forward,
+    _gate_fake,
+    _gate_backward,
+    _gate_reference,
 )

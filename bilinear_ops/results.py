@@ -11,7 +11,10 @@ from torch import Tensor
 
 Layer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (w, v, p) of a bilinear layer
 
-ACTIVATIONS = ("identity", "silu", "swish", "sigmoid", "relu", "gelu", "gelu_tanh")
+ACTIVATIONS = (
+    *("identity", "silu", "swish", "sigmoid", "relu", "gelu", "gelu_tanh"),
+    *("relu2", "relu6", "tanh", "mish", "hardswish", "silu_clamped", "silu_bounded"),
+)
 LAYOUTS = ("full", "packed")
 SCORES = ("cross", "self", "pair", "entry")
 SCOPES = ("output", "global")
@@ -65,6 +68,15 @@ class InteractionMoments(NamedTuple):
     cubes: Tensor
     fourths: Tensor
     max_abs: Tensor
+
+
+class Gate(NamedTuple):
+    """The function (clamp(a) + offset) * act(clamp(z)) of both pre-activations; its numbers are 0-dim tensors."""
+
+    activation: str
+    beta: Tensor | None = None
+    limit: Tensor | None = None
+    offset: Tensor | None = None
 
 
 class Masks(NamedTuple):

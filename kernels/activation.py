@@ -1,7 +1,68 @@
-"""The activations of the gate and their derivatives, in fp32."""
+"""The gate, a function of both pre-activations, and its derivatives, in fp32."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def gate(a, z, beta, limit, offset, ACTIVATION: tl.constexpr):
+    """hid = (clamp(a, -limit, limit) + offset) * act(min(z, limit)); limit and offset may be None."""
+    if limit is not None and ACTIVATION != "silu_clamped":
+        z = _at_most(z, limit)
+    f = act(z, beta, ACTIVATION)
+    if limit is not None and ACTIVATION == "silu_clamped":
+        f = _at_most(f, limit)
+    return _linear_factor(a, limit, offset, ACTIVATION) * f
+
+
+@triton.jit
+def gate_with_grad(a, z, beta, limit, offset, ACTIVATION: tl.constexpr):
+    """(hid, d hid / d a, d hid / d z)."""
+    inside = z
+    if limit is not None and ACTIVATION != "silu_clamped":
+        inside = _at_most(z, limit)
+    f, df = act_with_grad(inside, beta, ACTIVATION)
+    if limit is not None:
+        if ACTIVATION == "silu_clamped":
+            df = tl.where(f > limit, 0.0, df)
+            f = _at_most(f, limit)
+        else:
+            df = tl.where(z > limit, 0.0, df)
+    factor = _linear_factor(a, limit, offset, ACTIVATION)
+    by_a = f
+    if limit is not None:
+        by_a = tl.where(tl.abs(a) > limit, 0.0, f)
+    if ACTIVATION == "silu_bounded":
+        t = _tanh(0.04 * a)
+        by_a = (1 - t * t) * f
+    return factor * f, by_a, factor * df
+
+
+@triton.jit
+def gate_grad_beta(dhid, a, z, beta, limit, offset, ACTIVATION: tl.constexpr):
+    """dhid d hid / d beta; swish has the derivative z^2 s (1 - s) by beta, s = sigmoid(beta z)."""
+    tl.static_assert(ACTIVATION == "swish")
+    if limit is not None:
+        z = _at_most(z, limit)
+    _, ds = _sigmoid_with_grad(beta * z)
+    return dhid * _linear_factor(a, limit, offset, ACTIVATION) * (z * z * ds)
+
+
+@triton.jit
+def _linear_factor(a, limit, offset, ACTIVATION: tl.constexpr):
+    if limit is not None:
+        a = tl.where(a < -limit, -limit, _at_most(a, limit))
+    if ACTIVATION == "silu_bounded":
+        a = 25 * _tanh(0.04 * a)
+    if offset is not None:
+        a += offset
+    return a
+
+
+@triton.jit
+def _at_most(t, bound):
+    """min(t, bound), of which NaN passes."""
+    return tl.where(t > bound, bound, t)
 
 
 @triton.jit
@@ -19,9 +80,23 @@ def act(z, beta, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, z)  # NaN passes
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
+    elif ACTIVATION == "gelu_tanh":
         return z * tl.sigmoid(_twice_tanh_argument(z))
+    elif ACTIVATION == "relu2":
+        return tl.where(z <= 0, 0.0, z * z)
+    elif ACTIVATION == "relu6":
+        return tl.where(z <= 0, 0.0, _at_most(z, 6.0))
+    elif ACTIVATION == "tanh":
+        return _tanh(z)
+    elif ACTIVATION == "mish":
+        return z * _tanh_softplus(z)[0]
+    elif ACTIVATION == "hardswish":
+        return z * tl.where(z <= -3, 0.0, _at_most(z, 3.0) + 3) * 0.16666666666666666
+    elif ACTIVATION == "silu_clamped":
+        return z * tl.sigmoid(z)
+    else:
+        tl.static_assert(ACTIVATION == "silu_bounded")
+        return 4 * _tanh(0.25 * z) * tl.sigmoid(z)
 
 
 @triton.jit
@@ -42,18 +117,30 @@ def act_with_grad(z, beta, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
         return z * cdf, cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
+    elif ACTIVATION == "gelu_tanh":
         s, ds = _sigmoid_with_grad(_twice_tanh_argument(z))
         return z * s, s + z * ds * (1.5957691216057308 + 0.21406444881477878 * z * z)
-
-
-@triton.jit
-def act_grad_beta(z, beta, ACTIVATION: tl.constexpr):
-    """d act(z) / d beta = z^2 s (1 - s) of swish."""
-    tl.static_assert(ACTIVATION == "swish")
-    _, ds = _sigmoid_with_grad(beta * z)
-    return z * z * ds
+    elif ACTIVATION == "relu2":
+        return tl.where(z <= 0, 0.0, z * z), tl.where(z <= 0, 0.0, 2 * z)
+    elif ACTIVATION == "relu6":
+        return tl.where(z <= 0, 0.0, _at_most(z, 6.0)), tl.where((z <= 0) | (z >= 6), 0.0, 1.0)
+    elif ACTIVATION == "tanh":
+        t = _tanh(z)
+        return t, 1 - t * t
+    elif ACTIVATION == "mish":
+        t, dt = _tanh_softplus(z)
+        return z * t, t + z * dt
+    elif ACTIVATION == "hardswish":
+        slope = tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z * 0.3333333333333333 + 0.5))
+        return z * tl.where(z <= -3, 0.0, _at_most(z, 3.0) + 3) * 0.16666666666666666, slope
+    elif ACTIVATION == "silu_clamped":
+        s, ds = _sigmoid_with_grad(z)
+        return z * s, s + z * ds
+    else:
+        tl.static_assert(ACTIVATION == "silu_bounded")
+        s, ds = _sigmoid_with_grad(z)
+        t = _tanh(0.25 * z)
+        return 4 * t * s, (1 - t * t) * s + 4 * t * ds
 
 
 @triton.jit
@@ -68,3 +155,23 @@ def _sigmoid_with_grad(u):
 def _twice_tanh_argument(z):
     """2 sqrt(2 / pi) (z + 0.044715 z^3): (1 + tanh(u)) / 2 is sigmoid(2 u), which needs no tanh."""
     return z * (1.5957691216057308 + 0.07135481627159262 * z * z)
+
+
+@triton.jit
+def _tanh(u):
+    """From one exponential, and near 0, where that cancels, from the series to u^9."""
+    e = tl.exp(-2 * tl.abs(u))
+    t = (1 - e) / (1 + e)
+    s = u * u
+    series = -0.05396825396825397 + s * 0.021869488536155203
+    series = 1 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * series))
+    return tl.where(tl.abs(u) < 0.25, u * series, tl.where(u < 0, -t, t))
+
+
+@triton.jit
+def _tanh_softplus(z):
+    """(t, dt / dz), t = tanh(log(1 + e^z)) = n / (n + 2) with n = e^z (e^z + 2); above 20 it is 1 in fp32."""
+    e = tl.exp(_at_most(z, 20.0))
+    n = e * (e + 2)
+    t = n / (n + 2)
+    return t, 2 / (n + 2) * (1 + t) * (e / (1 + e))

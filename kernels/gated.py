@@ -1,4 +1,4 @@
-"""Kernels of the gated layer: hid = a * act(z) with a = x w^T + b_w, z = x v^T + b_v, and its backward.
+"""Kernels of the gated layer: hid = gate(a, z) with a = x w^T + b_w, z = x v^T + b_v, and its backward.
 
 The forward is one persistent GEMM with two accumulators and the gate as its epilogue. The backward is the GEMM dy p
 with the gate's derivative as its epilogue. Operands are read through tensor descriptors if hardware and layout allow,
@@ -13,9 +13,11 @@ from torch import Tensor
 from bilinear_ops.composite.gated import preactivations
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.activation import act, act_grad_beta, act_with_grad
+from bilinear_ops.kernels.activation import gate as gate_of_tile
+from bilinear_ops.kernels.activation import gate_grad_beta, gate_with_grad
 from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile
+from bilinear_ops.results import Gate
 
 SUBTILES = tl.constexpr(4)  # of the fused backward's epilogue: column_quarters
 
@@ -25,7 +27,7 @@ def gated_forward_kernel(
     x, stride_xm, stride_xd,
     w, stride_wh, stride_wd,
     v, stride_vh, stride_vd,
-    b_w_ptr, b_v_ptr, beta_ptr,
+    b_w_ptr, b_v_ptr, beta_ptr, limit_ptr, offset_ptr,
     hid, stride_hm,
     a, z, stride_am,
     M, H, D,
@@ -33,7 +35,9 @@ def gated_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of hid, and of a and z unless they are None."""
-    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    beta = None if beta_ptr is None else tl.load(beta_ptr)
+    limit = None if limit_ptr is None else tl.load(limit_ptr)
+    offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
@@ -53,7 +57,7 @@ def gated_forward_kernel(
             b_a += tl.load(b_w_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
         if b_v_ptr is not None:
             b_z += tl.load(b_v_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-        store_tile(hid, stride_hm, m, h, M, H, b_a * act(b_z, beta, ACTIVATION), DESCRIPTOR)
+        store_tile(hid, stride_hm, m, h, M, H, gate_of_tile(b_a, b_z, beta, limit, offset, ACTIVATION), DESCRIPTOR)
         if a is not None:
             store_tile(a, stride_am, m, h, M, H, b_a, DESCRIPTOR)
             store_tile(z, stride_am, m, h, M, H, b_z, DESCRIPTOR)
@@ -65,13 +69,15 @@ def gated_backward_kernel(
     p, stride_po, stride_ph,
     a, z, da, dz, stride_am,
     hid, stride_hm,
-    dbeta_ptr, beta_ptr,
+    dbeta_ptr, beta_ptr, limit_ptr, offset_ptr,
     M, H, O,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p, and stores da, dz and hid."""
-    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    beta = None if beta_ptr is None else tl.load(beta_ptr)
+    limit = None if limit_ptr is None else tl.load(limit_ptr)
+    offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
@@ -87,65 +93,77 @@ def gated_backward_kernel(
         for i in tl.static_range(SUBTILES):
             gate_backward_tile(
                 quarters[i], m, h + i * (BLOCK_H // SUBTILES), tile * SUBTILES + i,
-                a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H, ACTIVATION, DESCRIPTOR,
+                a, stride_am, 1, z, stride_am, 1, da, dz, stride_am, hid, stride_hm,
+                dbeta_ptr, beta, limit, offset, M, H, ACTIVATION, DESCRIPTOR,
             )  # fmt: skip
 
 
 @triton.jit
 def gate_backward_tile(
     dhid, m, h, part,
-    a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H,
+    a, stride_am, stride_ah, z, stride_zm, stride_zh, da, dz, stride_dm, hid, stride_hm,
+    dbeta_ptr, beta, limit, offset, M, H,
     ACTIVATION: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Store da = dhid act(z), dz = dhid a act'(z), hid = a act(z) of one tile, and the tile's part of dbeta."""
+    """Store da, dz and hid of one tile, and its part of dbeta."""
     BLOCK_M: tl.constexpr = dhid.shape[0]
     BLOCK_H: tl.constexpr = dhid.shape[1]
-    b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
-    b_z = load_tile(z, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
-    f, df = act_with_grad(b_z, beta, ACTIVATION)
-    b_da = dhid * f
-    b_dz = dhid * b_a * df
-    store_tile(da, stride_am, m, h, M, H, b_da, DESCRIPTOR)
-    store_tile(dz, stride_am, m, h, M, H, b_dz, DESCRIPTOR)
+    b_a = load_tile(a, stride_am, stride_ah, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
+    b_z = load_tile(z, stride_zm, stride_zh, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
+    b_hid, by_a, by_z = gate_with_grad(b_a, b_z, beta, limit, offset, ACTIVATION)
+    store_tile(da, stride_dm, m, h, M, H, dhid * by_a, DESCRIPTOR)
+    store_tile(dz, stride_dm, m, h, M, H, dhid * by_z, DESCRIPTOR)
     if hid is not None:
-        store_tile(hid, stride_hm, m, h, M, H, b_a * f, DESCRIPTOR)
+        store_tile(hid, stride_hm, m, h, M, H, b_hid, DESCRIPTOR)
     if dbeta_ptr is not None:  # one part per tile; the launcher sums the parts in order
-        tl.store(dbeta_ptr + part, tl.sum(dhid * b_a * act_grad_beta(b_z, beta, ACTIVATION)))
+        dbeta = gate_grad_beta(dhid, b_a, b_z, beta, limit, offset, ACTIVATION)
+        tl.store(dbeta_ptr + part, tl.sum(dbeta))
 
 
 @triton.jit
 def gate_kernel(
-    a, z, stride_am, hid, stride_hm, beta_ptr, M, H,
+    a, stride_am, stride_ah,
+    z, stride_zm, stride_zh,
+    hid, stride_hm,
+    beta_ptr, limit_ptr, offset_ptr,
+    M, H,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A program computes one tile [BLOCK_M, BLOCK_H] of hid = a act(z)."""
-    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    """A program computes one tile [BLOCK_M, BLOCK_H] of hid."""
+    beta = None if beta_ptr is None else tl.load(beta_ptr)
+    limit = None if limit_ptr is None else tl.load(limit_ptr)
+    offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_h = tl.cdiv(H, BLOCK_H)
     m = tl.program_id(0) // tiles_h * BLOCK_M
     h = tl.program_id(0) % tiles_h * BLOCK_H
-    b_a = load_tile(a, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
-    b_z = load_tile(z, stride_am, 1, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
-    store_tile(hid, stride_hm, m, h, M, H, b_a * act(b_z, beta, ACTIVATION), False)
+    b_a = load_tile(a, stride_am, stride_ah, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    b_z = load_tile(z, stride_zm, stride_zh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    store_tile(hid, stride_hm, m, h, M, H, gate_of_tile(b_a, b_z, beta, limit, offset, ACTIVATION), False)
 
 
 @triton.jit
 def gate_backward_kernel(
     dhid, stride_gm, stride_gh,
-    a, z, da, dz, stride_am,
+    a, stride_am, stride_ah,
+    z, stride_zm, stride_zh,
+    da, dz, stride_dm,
     hid, stride_hm,
-    dbeta_ptr, beta_ptr,
+    dbeta_ptr, beta_ptr, limit_ptr, offset_ptr,
     M, H,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A program reads one tile [BLOCK_M, BLOCK_H] of dhid and stores da, dz and hid."""
-    beta = 0.0 if beta_ptr is None else tl.load(beta_ptr)
+    beta = None if beta_ptr is None else tl.load(beta_ptr)
+    limit = None if limit_ptr is None else tl.load(limit_ptr)
+    offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_h = tl.cdiv(H, BLOCK_H)
     m = tl.program_id(0) // tiles_h * BLOCK_M
     h = tl.program_id(0) % tiles_h * BLOCK_H
     b_dhid = load_tile(dhid, stride_gm, stride_gh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
     gate_backward_tile(
         b_dhid, m, h, tl.program_id(0),
-        a, z, da, dz, stride_am, hid, stride_hm, dbeta_ptr, beta, M, H, ACTIVATION, False,
+        a, stride_am, stride_ah, z, stride_zm, stride_zh, da, dz, stride_dm, hid, stride_hm,
+        dbeta_ptr, beta, limit, offset, M, H, ACTIVATION, False,
     )  # fmt: skip
 
 
@@ -160,11 +178,10 @@ def gate_forward(
     v: Tensor,
     b_w: Tensor | None,
     b_v: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
+    gate_of: Gate,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """hid = a * act(z) [M, h], and az = [a | z] [M, 2h] if `save`."""
+    """hid = gate(a, z) [M, h], and az = [a | z] [M, 2h] if `save`."""
     (m, d), h = x.shape, w.shape[0]
     arch = config.architecture(x.device)
     descriptor = config.has_descriptors(arch) and via.describable(x, w, v) and h * x.itemsize % 16 == 0
@@ -173,7 +190,7 @@ def gate_forward(
     def run(tile: Tile | None) -> tuple[Tensor, Tensor | None]:
         if tile is None:
             both = preactivations(x, w, v, b_w, b_v)
-            return gate(both, beta, activation), both if save else None
+            return gate(*both.chunk(2, 1), gate_of), both if save else None
         hid = x.new_empty(m, h)
         az = x.new_empty(m, 2 * h) if save else None
         a, z = (None, None) if az is None else az.chunk(2, 1)
@@ -183,11 +200,11 @@ def gate_forward(
             via.described(x, (tile.block_m, tile.block_k), descriptor), *x.stride(),
             via.described(w, weight, descriptor), *w.stride(),
             via.described(v, weight, descriptor), *v.stride(),
-            b_w, b_v, via.scalar(beta),
+            b_w, b_v, *_numbers(gate_of),
             via.described(hid, into, descriptor), h,
             via.described(a, into, descriptor), via.described(z, into, descriptor), 2 * h,
             m, h, d,
-            ACTIVATION=activation, PRECISION=via.precision(x.dtype), DESCRIPTOR=descriptor,
+            ACTIVATION=gate_of.activation, PRECISION=via.precision(x.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_D=tile.block_k, GROUP_M=tile.group_m,
             **tile.launch(),
         )  # fmt: skip
@@ -199,21 +216,25 @@ def gate_forward(
     return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 
 
-def gate(az: Tensor, beta: Tensor | None, activation: str) -> Tensor:
-    """hid = a * act(z)  [M, h]."""
-    a, z = az.chunk(2, 1)
+def _numbers(gate_of: Gate) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """beta, limit and offset as kernels read them."""
+    return via.scalar(gate_of.beta), via.scalar(gate_of.limit), via.scalar(gate_of.offset)
+
+
+def gate(a: Tensor, z: Tensor, gate_of: Gate) -> Tensor:
+    """hid [M, h] from pre-activations [M, h] of any strides."""
     m, h = a.shape
-    hid = az.new_empty(m, h)
+    hid = a.new_empty(m, h)
 
     def run(tile: RowTile) -> None:
         gate_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns),)](
-            a, z, 2 * h, hid, h, via.scalar(beta), m, h,
-            ACTIVATION=activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
+            a, *a.stride(), z, *z.stride(), hid, h, *_numbers(gate_of), m, h,
+            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
         )  # fmt: skip
 
     if m * h:
-        tiles = config.tiles("gate_kernel", config.architecture(az.device), az.dtype)
-        via.launch("gate_kernel", az, (tuning.bucket(m), h), tiles, run)
+        tiles = config.tiles("gate_kernel", config.architecture(a.device), a.dtype)
+        via.launch("gate_kernel", a, (tuning.bucket(m), h), tiles, run)
     return hid
 
 
@@ -221,8 +242,7 @@ def gate_backward(
     dy: Tensor,
     p: Tensor | None,
     az: Tensor,
-    beta: Tensor | None,
-    activation: str,
+    gate_of: Gate,
     need_hid: bool,
     need_beta: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -233,10 +253,20 @@ def gate_backward(
     if m * h == 0:
         parts = az.new_zeros(0, dtype=torch.float32) if need_beta else None
     elif p is None:
-        parts = _gate_backward_alone(dy, az, dadz, hid, beta, activation, need_beta)
+        parts = _gate_parts(dy, *az.chunk(2, 1), gate_of, *dadz.chunk(2, 1), hid, need_beta)
     else:
-        parts = _fused_backward(dy, p, az, dadz, hid, beta, activation, need_beta)
+        parts = _fused_backward(dy, p, az, dadz, hid, gate_of, need_beta)
     return dadz, hid, None if parts is None else parts.sum()
+
+
+def gate_gradients(
+    dhid: Tensor, a: Tensor, z: Tensor, gate_of: Gate, da: Tensor, dz: Tensor, hid: Tensor | None, need_beta: bool
+) -> Tensor | None:
+    """Write da, dz and, unless None, hid from dhid [M, h]; return dbeta if needed."""
+    if not a.numel():
+        return a.new_zeros((), dtype=torch.float32) if need_beta else None
+    parts = _gate_parts(dhid, a, z, gate_of, da, dz, hid, need_beta)
+    return None if parts is None else parts.sum()
 
 
 def _fused_backward(
@@ -245,8 +275,7 @@ def _fused_backward(
     az: Tensor,
     dadz: Tensor,
     hid: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
+    gate_of: Gate,
     need_beta: bool,
 ) -> Tensor | None:
     """Write dadz and hid from dy [M, o]; return the tiles' parts of dbeta."""
@@ -258,7 +287,7 @@ def _fused_backward(
 
     def run(tile: Tile | None) -> Tensor | None:
         if tile is None:
-            return _gate_backward_alone(dy @ p, az, dadz, hid, beta, activation, need_beta)
+            return _gate_parts(dy @ p, a, z, gate_of, da, dz, hid, need_beta)
         into = (tile.block_m, tile.block_n // SUBTILES.value)
         tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n)
         parts = az.new_empty(tiles * SUBTILES.value, dtype=torch.float32) if need_beta else None
@@ -267,9 +296,9 @@ def _fused_backward(
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
             *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
             via.described(hid, into, descriptor), h,
-            parts, via.scalar(beta),
+            parts, *_numbers(gate_of),
             m, h, o,
-            ACTIVATION=activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
+            ACTIVATION=gate_of.activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
             **tile.launch(),
         )  # fmt: skip
@@ -279,27 +308,21 @@ def _fused_backward(
     return via.launch("gated_backward_kernel", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
 
 
-def _gate_backward_alone(
-    dhid: Tensor,
-    az: Tensor,
-    dadz: Tensor,
-    hid: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
-    need_beta: bool,
+def _gate_parts(
+    dhid: Tensor, a: Tensor, z: Tensor, gate_of: Gate, da: Tensor, dz: Tensor, hid: Tensor | None, need_beta: bool
 ) -> Tensor | None:
-    """Write dadz and hid from dhid [M, h]; return the tiles' parts of dbeta."""
+    """Write da, dz, which have one row stride, and hid from dhid [M, h]; return the tiles' parts of dbeta."""
     m, h = dhid.shape
-    (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
 
     def run(tile: RowTile) -> Tensor | None:
         tiles = triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns)
-        parts = az.new_empty(tiles, dtype=torch.float32) if need_beta else None
+        parts = a.new_empty(tiles, dtype=torch.float32) if need_beta else None
         gate_backward_kernel[(tiles,)](
-            dhid, *dhid.stride(), a, z, da, dz, 2 * h, hid, h, parts, via.scalar(beta), m, h,
-            ACTIVATION=activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
+            dhid, *dhid.stride(), a, *a.stride(), z, *z.stride(), da, dz, da.stride(0), hid, h,
+            parts, *_numbers(gate_of), m, h,
+            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
         )  # fmt: skip
         return parts
 
-    tiles = config.tiles("gate_backward_kernel", config.architecture(az.device), az.dtype)
-    return via.launch("gate_backward_kernel", az, (tuning.bucket(m), h), tiles, run)
+    tiles = config.tiles("gate_backward_kernel", config.architecture(a.device), a.dtype)
+    return via.launch("gate_backward_kernel", a, (tuning.bucket(m), h), tiles, run)

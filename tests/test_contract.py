@@ -63,15 +63,24 @@ def test_double_backward_of_related_weights():
 @pytest.mark.parametrize("save", (False, True))
 def test_opcheck(save, down, impl):
     x, w, v, p, b_w, b_v, b_p = inputs()
+    limit, offset = (torch.tensor(0.5), torch.tensor(1.0)) if save else (None, None)
     beta = torch.tensor(0.7, requires_grad=True)
-    args = (x, w, v, p if down else None, b_w, b_v, b_p if down else None, beta, "swish", save, impl)
+    args = (x, w, v, p if down else None, b_w, b_v, b_p if down else None, beta, limit, offset, "swish", save, impl)
     torch.library.opcheck(bo.gated.gated_op, args)
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 @pytest.mark.parametrize("need", ([True] * 8, [True, False] * 4, [False, True] * 4), ids=str)
 def test_opcheck_backward(need, impl):
-    args = (randn(5, 2), randn(5, 8), *(t.detach() for t in inputs()), torch.tensor(0.7), "swish", need, impl)
+    args = (
+        randn(5, 2),
+        randn(5, 8),
+        *(t.detach() for t in inputs()),
+        *(torch.tensor(n) for n in (0.7, 0.5, 1.0)),
+        "swish",
+        need,
+        impl,
+    )
     torch.library.opcheck(bo.gated.gated_backward_op, args)
 
 
@@ -79,7 +88,7 @@ def test_a_profiler_shows_the_op():
     """The autograd function of each op has the name of the op."""
     x, w, v, p, *_ = inputs()
     calls = {
-        "GatedBackward": lambda: bo.gated.gated_op(x, w, v, p, *[None] * 4, "identity", True, "torch")[0],
+        "GatedBackward": lambda: bo.gated.gated_op(x, w, v, p, *[None] * 6, "identity", True, "torch")[0],
         "InteractionBackward": lambda: bo.interaction_matrices(w, v, p),
         "SquaredDifferenceBackward": lambda: bo.rank1.losses.squared_difference_op(x[:2], w.t(), p.t(), "torch"),
     }

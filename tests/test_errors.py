@@ -29,7 +29,11 @@ CASES = {
     "complex": (dict(v=randn(4, 3).to(torch.complex64)), TypeError, "v must be float64, .*got torch.complex64"),
     "no tensor": (dict(w=[[1.0]]), TypeError, "w must be a torch.Tensor, got list"),
     "missing tensor": (dict(v=None), TypeError, "v must be a torch.Tensor, got NoneType"),
-    "activation": (dict(activation="tanh"), ValueError, "activation must be one of identity, silu, .*got 'tanh'"),
+    "activation": (
+        dict(activation="softplus"),
+        ValueError,
+        "activation must be one of identity, silu, .*got 'softplus'",
+    ),
     "beta without swish": (dict(activation="silu", beta=0.5), ValueError, "beta belongs to activation='swish'"),
     "tensor beta without swish": (dict(beta=torch.tensor(1.0)), ValueError, "beta belongs to activation='swish'"),
     "shape of beta": (
@@ -43,6 +47,14 @@ CASES = {
         RuntimeError,
         "beta must be on",
     ),
+    "gradient of limit": (
+        dict(limit=torch.tensor(1.0, requires_grad=True)),
+        ValueError,
+        "limit has no gradient, got a tensor that requires one",
+    ),
+    "shape of offset": (dict(offset=torch.ones(2)), RuntimeError, r"offset must .* shape \[\], got \[2\]"),
+    "limit below 0": (dict(limit=-1.0), ValueError, "limit must be positive, got -1.0"),
+    "limit of bounds": (dict(activation="silu_bounded", limit=1.0), ValueError, "limit does not belong to"),
     "type of beta": (dict(activation="swish", beta="1"), TypeError, "beta must be a float or a 0-dim tensor, got str"),
     "impl": (dict(impl="cuda"), ValueError, "impl must be .*got 'cuda'"),
 }

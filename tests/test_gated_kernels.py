@@ -12,6 +12,7 @@ from bilinear_ops import testing
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels import launching as via
+from bilinear_ops.results import Gate
 from bilinear_ops.testing import randn
 
 M, D, H, O = 70, 48, 80, 40  # noqa: E741
@@ -21,12 +22,12 @@ TILES = pytest.mark.parametrize("tile", (SMALL, config.LIBRARY), ids=("fused", "
 
 def call_forward(kernels, tensors):
     x, w, v, b_w, b_v, beta = tensors
-    return kernels.gate_forward(x, w, v, b_w, b_v, beta, "swish", True)
+    return kernels.gate_forward(x, w, v, b_w, b_v, Gate("swish", beta), True)
 
 
 def call_backward(kernels, tensors):
     dy, p, az, beta = tensors
-    return kernels.gate_backward(dy, p, az, beta, "swish", True, True)
+    return kernels.gate_backward(dy, p, az, Gate("swish", beta), True, True)
 
 
 def call_kernels(call, tensors, tile):
@@ -165,13 +166,14 @@ def test_tf32_switch_is_read_in_either_spelling(spelling):
 OFFSETS = """
 import torch
 from bilinear_ops.kernels import config, gated, tuning
+from bilinear_ops.results import Gate
 stride, d = 70_000_000, 33  # column 32 lies 2.2e9 elements in: past 2^31; the buffer is committed lazily
 torch.manual_seed(0)
 x = torch.empty(stride * (d - 1) + 16, dtype=torch.float16).as_strided((16, d), (1, stride))
 x.copy_(torch.randn(16, d))
 w, v = torch.randn(2, 8, d).half()
 with tuning.using(gated_forward_kernel=config.Tile(16, 16, 16, 4, 1)):
-    hid, _ = gated.gate_forward(x, w, v, None, None, None, "identity", False)
+    hid, _ = gated.gate_forward(x, w, v, None, None, Gate("identity"), False)
 torch.testing.assert_close(hid.float(), (x.float() @ w.float().T) * (x.float() @ v.float().T), rtol=1e-2, atol=1e-2)
 """
 

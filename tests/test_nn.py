@@ -58,6 +58,43 @@ def test_from_linear_shares_the_parameters(bias):
     assert not any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    (
+        ("gelu_pytorch_tanh", lambda z: nn.functional.gelu(z, approximate="tanh")),
+        ("gelu_new", lambda z: nn.functional.gelu(z, approximate="tanh")),
+        ("linear", lambda z: z),
+        ("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z)),
+    ),
+)
+def test_from_linear_takes_names_of_other_libraries(name, function):
+    gate, up, down = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 3)
+    layer = bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, activation=name)
+    x = randn(5, 3)
+    torch.testing.assert_close(layer(x), down(up(x) * function(gate(x))))
+    with pytest.raises(ValueError, match="beta"):
+        bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, activation=name, beta=0.5)
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_from_packed_shares_the_memory(bias):
+    gate_up, down = nn.Linear(3, 8, bias=bias), nn.Linear(4, 3, bias=bias)
+    layer = bo.nn.GatedMLP.from_packed(gate_up=gate_up, down=down, activation="silu", recompute=True)
+    assert layer.recompute
+    x = randn(5, 3)
+
+    def packed(x):
+        gate, up = gate_up(x).chunk(2, -1)
+        return down(up * nn.functional.silu(gate))
+
+    torch.testing.assert_close(layer(x), packed(x))
+    with torch.no_grad():
+        layer.w.mul_(2), layer.v.mul_(3)
+    torch.testing.assert_close(layer(x), packed(x))
+    layer(x).sum().backward()
+    assert len(list(layer.parameters())) == 3 * (1 + bias) and all(p.grad is not None for p in layer.parameters())
+
+
 def test_from_linear_checks_sizes_and_dtypes():
     half = nn.Linear(3, 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="of one dtype, got torch.bfloat16, torch.float32, torch.float32"):
@@ -85,7 +122,7 @@ def test_bilinearise(kind):
 
 def test_bad_options():
     with pytest.raises(ValueError, match="activation must be one of"):
-        bo.nn.GatedMLP(3, 4, activation="tanh")
+        bo.nn.GatedMLP(3, 4, activation="softplus")
     with pytest.raises(ValueError, match="beta belongs to"):
         bo.nn.GatedBilinear(3, 4, activation="silu", beta=0.5)
 

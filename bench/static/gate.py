@@ -34,7 +34,7 @@ from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 from bilinear_ops.kernels.records import Choice, PairTile, Rejected, Tile
-from bilinear_ops.results import Masks
+from bilinear_ops.results import Gate, Masks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -149,12 +149,12 @@ def gated_cases(arch: str) -> Iterator[Case]:
         def forward(tile: Choice, aligned: bool, t: Callable[..., torch.Tensor] = t) -> object:
             k = d + (not aligned)
             with tuning.using(gated_forward_kernel=tile), _tf32():
-                return gated.gate_forward(t(m, k), t(h, k), t(h, k), t(h), t(h), t(), "swish", True)
+                return gated.gate_forward(t(m, k), t(h, k), t(h, k), t(h), t(h), Gate("swish", t()), True)
 
         def backward(tile: Choice, aligned: bool, t: Callable[..., torch.Tensor] = t) -> object:
             k = o + (not aligned)
             with tuning.using(gated_backward_kernel=tile), _tf32():
-                return gated.gate_backward(t(m, k), t(k, h), t(m, 2 * h), t(), "swish", True, True)
+                return gated.gate_backward(t(m, k), t(k, h), t(m, 2 * h), Gate("swish", t()), True, True)
 
         name = str(dtype).removeprefix("torch.")
         for kernel, by, call in (("gated_forward_kernel", "x2x", forward), ("gated_backward_kernel", "x", backward)):
@@ -167,8 +167,8 @@ def gated_cases(arch: str) -> Iterator[Case]:
                 way = "aligned" if r.aligned else "unaligned"
                 case = f"{name} {_shape(r.tile, by)} {way}, {r.tile.warps} warps: rejected"
                 yield Case(case, partial(call, r.tile, r.aligned), rejected=True)
-        alone = partial(gated.gate_backward, t(m, h), None, t(m, 2 * h), t(), "swish", True, True)
-        yield Case(f"{name} alone", partial(gated.gate, t(m, 2 * h), t(), "swish"))
+        alone = partial(gated.gate_backward, t(m, h), None, t(m, 2 * h), Gate("swish", t()), True, True)
+        yield Case(f"{name} alone", partial(gated.gate, t(m, h), t(m, h), Gate("swish", t())))
         yield Case(f"{name} alone", alone)
 
 

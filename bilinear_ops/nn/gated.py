@@ -8,8 +8,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops import gates
 from bilinear_ops.gated import gated_bilinear, gated_mlp
 from bilinear_ops.results import ACTIVATIONS
+
+NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not
+    "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
+    "gelu_new": {"activation": "gelu_tanh"},
+    "gelu_fast": {"activation": "gelu_tanh"},
+    "linear": {"activation": "identity"},
+    "quick_gelu": gates.QUICK_GELU,
+}
 
 
 class _Gated(nn.Module):
@@ -167,7 +176,9 @@ class GatedMLP(_Gated):
     ) -> Self:
         """Replace the three Linears of a Llama-style MLP by one layer that shares their parameters.
 
-        Each Linear may have a bias or none. Raises ValueError if sizes or dtypes of the weights do not match.
+        Each Linear may have a bias or none. `activation` may also be a name of the transformers library:
+        gelu_pytorch_tanh, gelu_new, gelu_fast, linear or quick_gelu. Raises ValueError if sizes or dtypes of the
+        weights do not match.
         """
         (h, d), o = up.weight.shape, down.weight.shape[0]
         dtypes = [m.weight.dtype for m in (gate, up, down)]
@@ -176,13 +187,40 @@ class GatedMLP(_Gated):
         if gate.weight.shape != (h, d) or down.weight.shape[1] != h:
             shapes = ", ".join(f"{list(m.weight.shape)}" for m in (gate, up, down))
             raise ValueError(f"gate, up, down must have weights [h, d], [h, d], [o, h], got {shapes}")
-        options: dict[str, Any] = {"activation": activation, "beta": beta, "recompute": recompute}
+        named = NAMES.get(activation, {"activation": activation})
+        if "beta" in named and not (isinstance(beta, float | int) and beta == 1.0):
+            raise ValueError(f"{activation} has a beta of its own, got {beta}")
+        options: dict[str, Any] = {"beta": beta, **named, "recompute": recompute}
         layer = cls(d, h, o, **options, device="meta", dtype=up.weight.dtype)
-        layer._keep_beta(beta, up.weight.device)
+        layer._keep_beta(options["beta"], up.weight.device)
         for name, linear in (("w", up), ("v", gate), ("p", down)):
             setattr(layer, name, linear.weight)
             setattr(layer, f"b_{name}", linear.bias)
         return layer
+
+    @classmethod
+    def from_packed(
+        cls,
+        *,
+        gate_up: nn.Linear,
+        down: nn.Linear,
+        activation: str,
+        beta: float | Tensor = 1.0,
+        recompute: bool = False,
+    ) -> Self:
+        """The layer of an MLP that packs its up-projections, gate first (Phi-3, GLM-4), sharing their memory.
+
+        The halves are parameters of their own. Arguments and errors as for `from_linear`.
+        """
+        halves = []
+        for half in (0, 1):
+            linear = nn.Linear(1, 1, bias=False, device="meta")
+            for name, t in (("weight", gate_up.weight), ("bias", gate_up.bias)):
+                if t is not None:
+                    setattr(linear, name, nn.Parameter(t.detach().chunk(2)[half], requires_grad=t.requires_grad))
+            halves.append(linear)
+        gate, up = halves
+        return cls.from_linear(gate=gate, up=up, down=down, activation=activation, beta=beta, recompute=recompute)
 
     def _linears(self) -> list[tuple[Tensor, Tensor | None]]:
         return [*super()._linears(), (self.p, self.b_p)]

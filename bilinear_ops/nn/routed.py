@@ -76,7 +76,8 @@ def routed_gated_mlp(
     )
     lead, h = x.shape[:-1], w.shape[0]
     check_beside(x, route=(route, (*lead, h)))
-    slope = gated.beta_tensor(gated.check_beta(beta, activation, x), activation, x)
+    numbers = gated.check_gate(activation, gated.Numbers(beta), x)
+    slope, *_ = gated.number_tensors(activation, numbers, x)
     rows, of_rows = x.reshape(lead.numel(), x.shape[-1]), route.expand(*lead, h).reshape(lead.numel(), h)
     y = _Routed.apply(rows, w, v, p, b_w, b_v, b_p, slope, of_rows, activation, _impl.resolve(impl, x))
     return y.view(*lead, p.shape[0])
@@ -86,7 +87,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, route, activation, impl = args
-        y, az = gated.gated_op(*tensors, activation, True, impl)
+        y, az = gated.gated_op(*tensors, None, None, activation, True, impl)
         ctx.save_for_backward(az, *tensors, route)
         ctx.options = activation, impl
         return y
@@ -97,7 +98,7 @@ class _Routed(torch.autograd.Function):
         az, x, w, v, p, b_w, b_v, b_p, beta, route = ctx.saved_tensors
         activation, impl = ctx.options
         need = list(ctx.needs_input_grad[:8])
-        found = gated.backward(dy, az, x, w, v, p, b_w, b_v, b_p, beta, activation, need, impl, route=route)
+        found = gated.backward(dy, az, x, w, v, p, b_w, b_v, b_p, beta, None, None, activation, need, impl, route=route)
         dx, dwv, dp, db, db_p, dbeta = (_op.or_empty(t, dy) for t in found)
         gradients = gated.unpack(dx, dwv, dp, db, db_p, dbeta, need)
         return *(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None

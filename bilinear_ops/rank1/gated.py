@@ -21,7 +21,7 @@ from bilinear_ops._masks import (
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.composite.rank1 import masked as masked_composite
 from bilinear_ops.rank1 import masked
-from bilinear_ops.results import Masks
+from bilinear_ops.results import Gate, Masks
 
 
 def stochastic_gated_mlp(
@@ -136,7 +136,7 @@ def _check(
     )
     if target is not None and target.shape[:-1] != x.shape[:-1]:
         raise RuntimeError(f"target must have shape {[*x.shape[:-1], p.shape[0]]}, got {list(target.shape)}")
-    return gated.check_beta(beta, activation, x)
+    return gated.check_gate(activation, gated.Numbers(beta), x).beta
 
 
 def _masked(
@@ -158,7 +158,16 @@ def _masked(
     lead, o = x.shape[:-1], p.shape[0]
     masks = flat_masks(masks, lead, w.shape[0])
     target = None if target is None or masks.delta is None else target.reshape(lead.numel(), o)
-    tensors = (x.reshape(lead.numel(), x.shape[-1]), w, v, p, b_w, b_v, b_p, gated.beta_tensor(beta, activation, x))
+    tensors = (
+        x.reshape(lead.numel(), x.shape[-1]),
+        w,
+        v,
+        p,
+        b_w,
+        b_v,
+        b_p,
+        gated.number_tensors(activation, gated.Numbers(beta), x)[0],
+    )
     trained = (*tensors, target, masks.gates, masks.source, masks.delta)
     save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     y, _ = stochastic_gated_op(*tensors, target, *masks, activation, save, impl)
@@ -175,7 +184,7 @@ def _forward(x, w, v, p, b_w, b_v, b_p, beta, target, *options):
     *fields, activation, save, impl = options
     masks = Masks(*fields)
     gate_path, mask_path = _paths(impl)
-    hid, az = gate_path.gate_forward(x, w, v, b_w, b_v, beta, activation, save)
+    hid, az = gate_path.gate_forward(x, w, v, b_w, b_v, Gate(activation, beta), save)
     y = x.new_empty(masks.samples, x.shape[0], p.shape[0])
     mask_path.masked_apply(y, hid, p.t(), masks, write_remainder(y, target, b_p, masks))
     return y, _op.or_empty(az, x)
@@ -195,13 +204,13 @@ def _backward(dy, az, x, w, v, p, b_w, b_v, b_p, beta, target, *options):
     gate_path, mask_path = _paths(impl)
     through = need_x or need_w or need_v or need_bw or need_bv or need_beta
     az = az if az.numel() else composite.preactivations(x, w, v, b_w, b_v)
-    hid = gate_path.gate(az, beta, activation)
+    hid = gate_path.gate(az[:, :h], az[:, h:], Gate(activation, beta))
     dhid, dwrite, dgates, dsource, ddelta = mask_path.masked_apply_backward(
         dy, hid, p.t(), masks, [through, need_p, *need_masks]
     )
     dx = dw = dv = db_w = db_v = dbeta = None
     if through:
-        dadz, _, dbeta = gate_path.gate_backward(dhid, None, az, beta, activation, False, need_beta)
+        dadz, _, dbeta = gate_path.gate_backward(dhid, None, az, Gate(activation, beta), False, need_beta)
         da, dz = dadz[:, :h], dadz[:, h:]
         dx = (da @ w).addmm_(dz, v) if need_x else None
         dw, dv = (d.t() @ x if needed else None for d, needed in ((da, need_w), (dz, need_v)))

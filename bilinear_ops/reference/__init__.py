@@ -9,7 +9,7 @@ Sources, cited by key in docstrings throughout the package:
 - [B] "Brain dump on parameter decompositions, transcoders", a post, and [A] its appendix.
 """
 
-from bilinear_ops.reference.gated import gated_bilinear, gated_mlp
+from bilinear_ops.reference.gated import gate, gated_bilinear, gated_mlp
 from bilinear_ops.reference.interaction import (
     active_interactions,
     eigen_form,
@@ -50,6 +50,7 @@ __all__ = [
     "eigen_form",
     "faithfulness_loss",
     "frequency_penalty",
+    "gate",
     "gated_bilinear",
     "gated_mlp",
     "importance_minimality",
