@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-__all__ = ["parameter_decomposition"]
+__all__ = ["distributed", "parameter_decomposition"]
 
 
 def __getattr__(name: str) -> ModuleType:

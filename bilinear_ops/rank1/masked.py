@@ -18,6 +18,7 @@ from bilinear_ops._masks import (
     weighted_sum,
     write_remainder,
 )
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import masked as composite
 from bilinear_ops.results import Masks
 
@@ -25,6 +26,11 @@ from bilinear_ops.results import Masks
 NO_MASK = "rank1_linear without mask, delta and routing is two library GEMMs and has no kernel"
 
 
+@sharded(
+    "... o", over="... c o", once=("bias", "weight"),
+    x="... i", read="i c", write="c o", mask="... c", bias="o", weight="o i", delta="...", routing="...",
+    acts="... c",
+)  # fmt: skip
 def rank1_linear(
     x: Tensor,
     read: Tensor,

@@ -1,0 +1,223 @@
+"""What every rank of test_distributed.py runs: `python -m torch.distributed.run ... tests/distributed_worker.py DIR`.
+
+A case compares sharded calls with the same call in this one process. Rank 0 writes the names of the cases that passed
+to DIR; a case that fails ends its rank, and with it the launch.
+"""
+
+import datetime
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bilinear_ops as bo
+import bilinear_ops.gated
+
+CASES = {}
+FAILING = "failing"
+DTYPES = (torch.float64, torch.float32)
+R = Replicate()
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+class Counted(TorchDispatchMode):
+    """Collectives and the bytes that each takes from a rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("_c10d_functional", "c10d_functional", "c10d"):
+            name = func._schema.name.partition("::")[2].strip("_")
+            if not name.startswith("wait"):
+                tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+                self.calls[name] += 1
+                self.bytes[name] += tensors[0].numel() * tensors[0].itemsize
+        if any(t is DTensor for t in types):
+            return NotImplemented
+        return func(*args, **(kwargs or {}))
+
+
+def on(mesh, t, *placements):
+    """A DTensor from what every rank has whole."""
+    return distribute_tensor(t, mesh, placements, src_data_rank=None)
+
+
+def agree(mesh, function, tensors, placements, expected, options=None):
+    """Values and all gradients of a call on DTensors equal those on plain tensors, without a single collective."""
+    options = options or {}
+    whole = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    y = function(*whole, **options)
+    parts = [
+        on(mesh, t.detach(), placement).requires_grad_(t.is_floating_point())
+        for t, placement in zip(tensors, placements, strict=True)
+    ]
+    with Counted() as counted:
+        out = function(*parts, **options)
+        assert out.placements == (expected,), out.placements
+        gradient = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+        placement = R if expected.is_partial() else expected
+        out.backward(on(mesh, gradient, placement))
+    assert not counted.calls, counted.calls
+    y.backward(gradient)
+    assert_close(out.full_tensor(), y)
+    for part, t in zip(parts, whole, strict=True):
+        if t.grad is not None:
+            assert part.grad.shape == t.grad.shape
+            assert_close(part.grad.full_tensor(), t.grad)
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype)
+
+
+def line():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+@case
+def gated_layers():
+    """Sharded over hidden units, each of the tokens' dimensions and outputs; sizes that no world divides."""
+    mesh = line()
+    for dtype in DTYPES:
+        x = randn(3, 5, 7, dtype=dtype)
+        w, v, p = randn(9, 7, dtype=dtype), randn(9, 7, dtype=dtype), randn(6, 9, dtype=dtype)
+        b_w, b_v, b_p = randn(9, dtype=dtype), randn(9, dtype=dtype), randn(6, dtype=dtype)
+        beta = torch.tensor(1.3, dtype=dtype)
+
+        def mlp(x, w, v, p, b_w, b_v, b_p, beta, **options):
+            return bo.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation="swish", beta=beta, **options)
+
+        tensors = (x, w, v, p, b_w, b_v, b_p, beta)
+        for recompute in (False, True):
+            options = {"recompute": recompute}
+            hidden = (R, Shard(0), Shard(0), Shard(1), Shard(0), Shard(0), R, R)
+            agree(mesh, mlp, tensors, hidden, Partial(), options)
+        for dim in (0, 1):
+            agree(mesh, mlp, tensors, (Shard(dim), *[R] * 7), Shard(dim))
+        agree(mesh, mlp, tensors, (R, R, R, Shard(0), R, R, Shard(0), R), Shard(2))
+        agree(mesh, bo.gated_bilinear, (x, w, v), (R, Shard(0), Shard(0)), Shard(2))
+        agree(mesh, bo.gated_bilinear, (x, w, v), (Shard(1), R, R), Shard(1))
+
+
+@case
+def interactions():
+    """Matrices and what is read off them, over directions (fewer than some worlds divide) and over hidden units."""
+    mesh = line()
+    for dtype in DTYPES:
+        w, v, c, x = (
+            randn(9, 7, dtype=dtype),
+            randn(9, 7, dtype=dtype),
+            randn(6, 9, dtype=dtype),
+            randn(4, 7, dtype=dtype),
+        )
+        u, basis = randn(6, 3, dtype=dtype), randn(7, 5, dtype=dtype)
+        k, i, j = torch.tensor([[0, 5, 5], [1, 6, 0], [1, 2, 3]])
+
+        def low_rank(w, v, u, p):
+            return bo.interaction_matrices(w, v, bo.Directions(u, p), layout="packed")
+
+        directions, hidden = (R, R, Shard(0)), (Shard(0), Shard(0), Shard(1))
+        for function in (bo.interaction_matrices, bo.interaction_diagonal):
+            agree(mesh, function, (w, v, c), directions, Shard(0))
+            agree(mesh, function, (w, v, c), hidden, Partial())
+        agree(mesh, bo.interaction_entries, (w, v, c, k, i, j), (*hidden, R, R, R), Partial())
+        agree(mesh, bo.interaction_entries, (w, v, c, k, i, j), (R, R, R, *[Shard(0)] * 3), Shard(0))
+        agree(mesh, low_rank, (w, v, u, c[:3]), (R, R, Shard(0), R), Shard(0))
+        agree(mesh, low_rank, (w, v, u, c[:3]), (Shard(0), Shard(0), R, Shard(1)), Partial())
+        agree(mesh, low_rank, (w, v, u, c[:3]), (R, R, Shard(1), Shard(0)), Partial())
+        q = bo.interaction_matrices(w, v, c)
+        agree(mesh, bo.quadratic_form, (x, q), (R, Shard(0)), Shard(1))
+        agree(mesh, bo.quadratic_form, (x, q), (Shard(0), R), Shard(0))
+        agree(mesh, bo.neuron_gram, (w, v, w[:5] + 1, v[:5]), (R, R, Shard(0), Shard(0)), Shard(1))
+        layers = (w, v, c, w[:5] + 1, v[:5], c[:, :5])
+        agree(mesh, bo.layer_inner, layers, (Shard(0), Shard(0), Shard(1), R, R, R), Partial())
+        diagonal = bo.interaction_diagonal(
+            on(mesh, w, R), on(mesh, v, R), on(mesh, c, Shard(0)), basis=on(mesh, basis, R)
+        )
+        assert_close(diagonal.full_tensor(), bo.interaction_diagonal(w, v, c, basis=basis))
+
+
+@case
+def rankings():
+    """Directions dealt to the ranks of a group: rankings to the bit, ties included, their gradients, and the rest."""
+    group = dist.group.WORLD
+    mesh = line()
+    for dtype in DTYPES:
+        w, v, c = (torch.randint(-2, 3, shape).to(dtype) for shape in ((9, 7), (9, 7), (6, 9)))
+        u, p, basis = c[:, :3], c[:3], torch.randint(-1, 2, (7, 5)).to(dtype)
+        weights = (
+            None,
+            randn(7, 7, dtype=dtype),
+            randn(6, 7, 7, dtype=dtype),
+            lambda k: torch.eye(7) * k + 1,
+        )
+        for scope in ("output", "global"):
+            for score in ("cross", "self", "pair", "entry"):
+                for weight in weights:
+                    options = {"score": score, "scope": scope, "weight": weight}
+                    mine = bo.interaction_topk(w, v, c, 6, **options, group=group)
+                    for one, other in zip(mine, bo.interaction_topk(w, v, c, 6, **options), strict=True):
+                        assert torch.equal(one, other), (options, one, other)
+            mine = bo.interaction_topk(w, v, bo.Directions(u, p), 4, scope=scope, basis=basis, group=group)
+            alone = bo.interaction_topk(w, v, bo.Directions(u, p), 4, scope=scope, basis=basis)
+            assert all(map(torch.equal, mine, alone))
+            leaves = [[t.clone().requires_grad_() for t in (w, v, c)] for _ in range(2)]
+            for (a, b, e), way in zip(leaves, (None, group), strict=True):
+                bo.interaction_topk(a, b, e, 5, scope=scope, group=way).values.square().sum().backward()
+            for one, other in zip(*leaves, strict=True):
+                assert_close(one.grad, other.grad)
+        sharded = bo.interaction_topk(on(mesh, w, R), on(mesh, v, R), on(mesh, c, Shard(0)), 3)
+        assert sharded.k.placements == (Shard(0),)
+        assert torch.equal(sharded.k.full_tensor(), bo.interaction_topk(w, v, c, 3).k)
+        for one, other in zip(
+            bo.interaction_moments(w, v, c, group=group), bo.interaction_moments(w, v, c), strict=True
+        ):
+            assert_close(one, other)
+        w, v, c = randn(9, 7, dtype=dtype), randn(9, 7, dtype=dtype), randn(6, 9, dtype=dtype)
+        for one, other in zip(
+            bo.analysis.interaction_eigh(w, v, c, 3, group=group), bo.analysis.interaction_eigh(w, v, c, 3), strict=True
+        ):
+            assert_close(one, other, atol=1e-4, rtol=1e-4) if one.dtype == torch.float32 else assert_close(one, other)
+        step = -(-6 // dist.get_world_size())
+        seen = list(bo.iter_interaction_matrices(w, v, c, chunk_bytes=10**6, group=group))
+        mine = [k for chunk, _ in seen for k in range(chunk.start, chunk.stop)]
+        assert mine == list(range(6))[dist.get_rank() * step :][:step]
+        for chunk, q in seen:
+            assert_close(q, bo.interaction_matrices(w, v, c)[chunk])
+
+
+def failing():
+    """A rank that fails while another waits for it."""
+    if dist.get_rank() == 1:
+        raise ValueError("one rank fails")
+    dist.barrier()
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    bilinear_ops.gated.SMALL_ON_CPU = -1  # the layers are small, and the ops are what is tested
+    for name in names or CASES:
+        torch.manual_seed(0)
+        CASES[name]() if name in CASES else failing()
+        if dist.get_rank() == 0:
+            with open(folder / f"passed-{dist.get_world_size()}", "a") as f:
+                f.write(name + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
