@@ -4,21 +4,28 @@ A case compares sharded calls with the same call in this one process. Rank 0 wri
 to DIR; a case that fails ends its rank, and with it the launch.
 """
 
+import copy
 import datetime
 import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilinear_ops as bo
 import bilinear_ops.gated
+from bilinear_ops.integrations.distributed import GatedParallel, parallel_plan
 
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 CASES = {}
 FAILING = "failing"
 DTYPES = (torch.float64, torch.float32)
@@ -40,7 +47,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("_c10d_functional", "c10d_functional", "c10d"):
             name = func._schema.name.partition("::")[2].strip("_")
-            if not name.startswith("wait"):
+            if not name.startswith(("wait", "wrap")):
                 tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
                 self.calls[name] += 1
                 self.bytes[name] += tensors[0].numel() * tensors[0].itemsize
@@ -198,6 +205,193 @@ def rankings():
             assert_close(q, bo.interaction_matrices(w, v, c)[chunk])
 
 
+def layers(dtype, **options):
+    """Two equal layers, with biases; sizes that no world divides."""
+    layer = bo.nn.GatedMLP(8, 10, 6, activation="swish", beta=1.3, bias=True, dtype=dtype, **options)
+    return layer, copy.deepcopy(layer)
+
+
+def compare_gradients(part, whole):
+    for (name, one), other in zip(part.named_parameters(), whole.parameters(), strict=True):
+        gradient = one.grad.full_tensor() if isinstance(one.grad, DTensor) else one.grad
+        assert_close(gradient, other.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def slab(t, dim=0):
+    """This rank's share."""
+    return t.chunk(dist.get_world_size(), dim)[dist.get_rank()].contiguous()
+
+
+@case
+def tensor_parallel():
+    """`parallel_plan`: values, gradients, collectives and the bytes they take; uneven hidden units."""
+    mesh, world = line(), dist.get_world_size()
+    for dtype in DTYPES:
+        for recompute in (False, True):
+            part, whole = layers(dtype, recompute=recompute)
+            parallelize_module(part, mesh, parallel_plan(part))
+            x, gradient = randn(3, 4, 8, dtype=dtype), randn(3, 4, 6, dtype=dtype)
+            a, b = (x.clone().requires_grad_() for _ in range(2))
+            whole(a).backward(gradient)
+            with Counted() as counted:
+                y = part(b)
+            assert counted.calls == {"all_reduce": 1}, counted.calls
+            assert counted.bytes["all_reduce"] == y.numel() * y.itemsize, (counted.bytes, y.shape)
+            with Counted() as counted:
+                y.backward(gradient)
+            assert counted.calls == {"all_reduce": 1}, counted.calls
+            assert counted.bytes["all_reduce"] == x.numel() * x.itemsize, counted.bytes
+            assert_close(y, whole(x))
+            assert_close(b.grad, a.grad)
+            compare_gradients(part, whole)
+
+        part, whole = layers(dtype)
+        parallelize_module(part, mesh, parallel_plan(part, sequence_dim=1))
+        x, gradient = randn(3, 2 * world, 8, dtype=dtype), randn(3, 2 * world, 6, dtype=dtype)
+        a, b = x.clone().requires_grad_(), slab(x, 1).requires_grad_()
+        whole(a).backward(gradient)
+        with Counted() as counted:
+            y = part(b)
+            y.backward(slab(gradient, 1))
+        assert counted.calls == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}, counted.calls
+        gathered = x.numel() // world + gradient.numel() // world  # forward's inputs, backward's gradients
+        assert counted.bytes["all_gather_into_tensor"] == gathered * x.itemsize
+        assert counted.bytes["reduce_scatter_tensor"] == (x.numel() + gradient.numel()) * x.itemsize
+        assert_close(y, slab(whole(x), 1))
+        assert_close(b.grad, slab(a.grad, 1))
+        compare_gradients(part, whole)
+
+
+@case
+def data_parallel():
+    """FSDP2 and DDP, each rank with its tokens; FSDP2 also with recompute, and beside tensor parallelism."""
+    world = dist.get_world_size()
+    for dtype in DTYPES:
+        x, gradient = randn(2 * world, 8, dtype=dtype), randn(2 * world, 6, dtype=dtype)
+        for recompute in (False, True):
+            part, whole = layers(dtype, recompute=recompute)
+            whole(x).backward(gradient / world)  # both average over ranks
+            fully_shard(part, mesh=line())
+            y = part(slab(x))
+            y.backward(slab(gradient))
+            assert_close(y, slab(whole(x)))
+            compare_gradients(part, whole)
+
+        part, whole = layers(dtype)
+        whole(x).backward(gradient / world)
+        y = torch.nn.parallel.DistributedDataParallel(part)
+        y(slab(x)).backward(slab(gradient))
+        compare_gradients(part, whole)
+
+        part, whole = layers(dtype)
+        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        whole(x).backward(gradient / (world // 2))
+        parallelize_module(part, grid["tp"], parallel_plan(part))
+        fully_shard(part, mesh=grid["dp"])
+        rank = grid["dp"].get_local_rank()
+        y = part(x.chunk(world // 2)[rank])
+        y.backward(gradient.chunk(world // 2)[rank])
+        assert_close(y, whole(x).chunk(world // 2)[rank])
+        compare_gradients(part, whole)
+
+
+@case
+def mixed_precision():
+    """FSDP2 in bfloat16 with sums over ranks in float32: what one process gets that casts at the same places."""
+    world = dist.get_world_size()
+    part, whole = layers(torch.float32)
+    x, gradient = randn(2 * world, 8, dtype=torch.bfloat16), randn(2 * world, 6, dtype=torch.bfloat16)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(part, mesh=line(), mp_policy=policy)
+    y = part(slab(x))
+    y.backward(slab(gradient))
+    assert y.dtype == torch.bfloat16
+    half = copy.deepcopy(whole).bfloat16()
+    for b_x, b_gradient in zip(x.chunk(world), gradient.chunk(world), strict=True):
+        half.zero_grad()
+        half(b_x).backward(b_gradient)
+        for t, narrow in zip(whole.parameters(), half.parameters(), strict=True):
+            t.grad = narrow.grad.float() / world + (0 if t.grad is None else t.grad)
+    assert_close(y, slab(half(x)))
+    compare_gradients(part, whole)
+
+
+@case
+def optimiser_step():
+    """A step of AdamW on a tensor-parallel layer is that of one process, its trained slope included."""
+    for dtype in DTYPES:
+        slope = torch.nn.Parameter(torch.tensor(1.3, dtype=dtype))
+        part = bo.nn.GatedMLP(8, 10, activation="swish", beta=slope, bias=True, dtype=dtype)
+        whole = copy.deepcopy(part)
+        parallelize_module(part, line(), parallel_plan(part))
+        x = randn(5, 8, dtype=dtype)
+        for layer in (part, whole):
+            layer(x).square().sum().backward()
+            torch.optim.AdamW(layer.parameters(), lr=0.1).step()
+        for one, other in zip(part.parameters(), whole.parameters(), strict=True):
+            assert_close(one.full_tensor(), other)
+
+
+def checkpointed(folder):
+    """Layers sharded in both ways, as they are saved and loaded: built on the meta device, values to come."""
+    with torch.device("meta"):
+        tensor, data = layers(torch.float32)
+    parallelize_module(tensor, line(), parallel_plan(tensor))
+    fully_shard(data, mesh=line())
+    for name, layer in (("tensor", tensor), ("data", data)):
+        yield folder / name, layer.to_empty(device="cpu")
+
+
+@case
+def checkpoints():
+    """Saved by two processes; loaded by four, and by one in test_distributed.py."""
+    for path, layer in checkpointed(FOLDER):
+        if dist.get_world_size() == 2:
+            values = layers(torch.float32)[0].state_dict()
+            layer.load_state_dict({k: distribute(values[k], t) for k, t in layer.state_dict().items()}, assign=True)
+            checkpoint.save(layer.state_dict(), checkpoint_id=path)
+            if dist.get_rank() == 0:
+                torch.save(values, path.with_suffix(".pt"))
+        else:
+            values = torch.load(path.with_suffix(".pt"))
+            state = layer.state_dict()
+            checkpoint.load(state, checkpoint_id=path)
+            layer.load_state_dict(state)
+        for name, t in layer.state_dict().items():
+            assert torch.equal(t.full_tensor() if isinstance(t, DTensor) else t, values[name]), name
+
+
+def distribute(t, like):
+    return on(like.device_mesh, t, *like.placements) if isinstance(like, DTensor) else t
+
+
+@case
+def refusals():
+    """Placements without a rule, on every rank alike, before any work."""
+    mesh = line()
+    x, w, v, p = randn(3, 8), randn(12, 8), randn(12, 8), randn(8, 12)
+
+    def refused(error, *placements, plain=()):
+        tensors = [
+            t if n in plain else on(mesh, t, placement)
+            for n, (t, placement) in enumerate(zip((x, w, v, p), placements, strict=True))
+        ]
+        with pytest.raises(RuntimeError, match=error):
+            bo.gated_mlp(*tensors)
+
+    refused("w is S.1., over d; a rule exists for Replicate and for tokens, h, o", R, Shard(1), R, R)
+    refused("w is sharded over h, v must be Shard.0. too", R, Shard(0), R, Shard(1))
+    refused("it shards x over tokens and w over h", Shard(0), Shard(0), Shard(0), Shard(1))
+    refused("x is a plain tensor beside the DTensor w: pass DTensor.from_local", R, R, R, R, plain=(0,))
+    refused("mesh dimension tp: x is P", Partial(), R, R, R)
+    with pytest.raises(RuntimeError, match="v has 13 h, other tensors 12"):
+        bo.gated_mlp(on(mesh, x, R), on(mesh, w, Shard(0)), on(mesh, randn(13, 8), Shard(0)), on(mesh, p, Shard(1)))
+    with pytest.raises(TypeError, match="GatedParallel shards a GatedMLP, got Linear"):
+        parallelize_module(torch.nn.Linear(2, 2), mesh, GatedParallel())
+    with pytest.raises(ValueError, match="no GatedMLP in Linear"):
+        parallel_plan(torch.nn.Linear(2, 2))
+
+
 def failing():
     """A rank that fails while another waits for it."""
     if dist.get_rank() == 1:
@@ -205,7 +399,7 @@ def failing():
     dist.barrier()
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -214,10 +408,10 @@ def main(folder: Path, names: list[str]) -> None:
         torch.manual_seed(0)
         CASES[name]() if name in CASES else failing()
         if dist.get_rank() == 0:
-            with open(folder / f"passed-{dist.get_world_size()}", "a") as f:
+            with open(FOLDER / f"passed-{dist.get_world_size()}", "a") as f:
                 f.write(name + "\n")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[2:])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CASES, FAILING
+from distributed_worker import CASES, FAILING, layers
+from torch.distributed import checkpoint
 
 ROOT = Path(__file__).parents[1]
 WORLDS = (2, 4)
@@ -30,9 +31,14 @@ def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def folder(tmp_path_factory):
+    """What the launches write."""
+    return tmp_path_factory.mktemp("launches")
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
     """The cases that passed and the errors of a launch, by the number of processes."""
-    folder = tmp_path_factory.mktemp("launches")
     results: dict[int, tuple[list[str], str]] = {}
 
     def result(processes: int) -> tuple[list[str], str]:
@@ -63,3 +69,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     done = launch(2, tmp_path, FAILING)
     assert done.returncode != 0 and "one rank fails" in done.stderr
     assert time.monotonic() - start < 110, "the other rank was left to its time-out"
+
+
+def test_a_checkpoint_of_two_processes_loads_in_one(launched, folder):
+    """On the CPU without a process group, into plain layers."""
+    errors = launched(2)[1]
+    for name in ("tensor", "data"):
+        state = layers(torch.float32)[0].state_dict()
+        checkpoint.load(state, checkpoint_id=folder / name)
+        values = torch.load(folder / f"{name}.pt")
+        assert all(torch.equal(state[key], t) for key, t in values.items()), errors
