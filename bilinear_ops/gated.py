@@ -52,7 +52,7 @@ def gated_bilinear(
 
 @sharded(
     "... o", over="... h o", once=("b_p",),
-    x="... d", w="h d", v="h d", p="o h", b_w="h", b_v="h", b_p="o", beta="",
+    x="... d", w="h d", v="h d", p="o h", b_w="h", b_v="h", b_p="o", beta="", mask="... h",
 )  # fmt: skip
 def gated_mlp(
     x: Tensor,

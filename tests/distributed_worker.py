@@ -205,6 +205,74 @@ def rankings():
             assert_close(q, bo.interaction_matrices(w, v, c)[chunk])
 
 
+def rank1_inputs(dtype):
+    x, read, write = randn(3, 5, 7, dtype=dtype), randn(7, 9, dtype=dtype), randn(9, 6, dtype=dtype)
+    gates, bias, weight = randn(3, 5, 9, dtype=dtype).sigmoid(), randn(6, dtype=dtype), randn(6, 7, dtype=dtype)
+    return x, read, write, gates, bias, weight
+
+
+@case
+def rank1():
+    """Subcomponents sharded over components, tokens and outputs, with everything that enters once beside them."""
+    mesh = line()
+    for dtype in DTYPES:
+        x, read, write, gates, bias, weight = tensors = rank1_inputs(dtype)
+        delta, routing = randn(3, 5, dtype=dtype).sigmoid(), randn(3, 5) > -0.5
+
+        def linear(x, read, write, mask, bias, weight, delta, routing):
+            return bo.rank1_linear(x, read, write, mask, bias, weight=weight, delta=delta, routing=routing)
+
+        components = (R, Shard(1), Shard(0), Shard(2), R, R)
+        agree(mesh, linear, (*tensors, delta, routing), (*components, R, R), Partial())
+        agree(mesh, linear, (*tensors, delta, routing), (Shard(1), R, R, Shard(1), R, R, Shard(1), Shard(1)), Shard(1))
+        outputs = (R, R, Shard(1), R, Shard(0), Shard(0), R, R)
+        agree(mesh, linear, (*tensors, delta, routing), outputs, Shard(2))
+        few, on_few = gates[..., :3], torch.randint(0, 9, (3, 5, 3))
+        agree(
+            mesh,
+            lambda x, read, write, i, g, b: bo.rank1_sparse(x, read, write, i, g, b),
+            (x, read, write, on_few, few, bias),
+            (Shard(0), R, R, Shard(0), Shard(0), R),
+            Shard(0),
+        )
+        accumulate = (gates, read, write, weight)
+        agree(
+            mesh,
+            lambda gates, read, write, base: bo.rank1_accumulate(gates, read, write, base=base),
+            accumulate,
+            (Shard(2), Shard(1), Shard(0), R),
+            Partial(),
+        )
+        agree(mesh, bo.faithfulness_loss, (weight, read, write), (Shard(0), R, Shard(1)), Partial())
+        agree(mesh, bo.faithfulness_loss, (weight, read, write), (Shard(1), Shard(0), R), Partial())
+
+
+@case
+def masks():
+    """Draws depend on global rows and columns alone: masks to the bit, whatever is sharded and wherever it is cut."""
+    mesh = line()
+    for dtype in DTYPES:
+        x, read, write, gates, bias, weight = tensors = rank1_inputs(dtype)
+        for sampling in ("continuous", "binomial"):
+            options = {"samples": 2, "seed": 5, "sampling": sampling}
+            whole = bo.stochastic_mask(gates, **options)
+            for dim in range(3):
+                part = bo.stochastic_mask(on(mesh, gates, Shard(dim)), **options)
+                assert part.placements == (Shard(dim + 1),) and torch.equal(part.full_tensor(), whole)
+
+            def layer(x, read, write, gates, bias, weight, options=options):
+                return bo.stochastic_rank1_linear(
+                    x, read, write, gates, bias, weight=weight, delta="uniform", **options
+                )
+
+            agree(mesh, layer, tensors, (R, Shard(1), Shard(0), Shard(2), R, R), Partial())
+            agree(mesh, layer, tensors, (Shard(1), R, R, Shard(1), R, R), Shard(2))
+            agree(mesh, layer, tensors, (Shard(0), R, R, Shard(0), R, R), Shard(1))
+        seed = torch.tensor(5)  # plain and 0-dim, as a training loop has it
+        part = bo.stochastic_mask(on(mesh, gates, Shard(1)), seed=seed)
+        assert torch.equal(part.full_tensor(), bo.stochastic_mask(gates, seed=5))
+
+
 def layers(dtype, **options):
     """Two equal layers, with biases; sizes that no world divides."""
     layer = bo.nn.GatedMLP(8, 10, 6, activation="swish", beta=1.3, bias=True, dtype=dtype, **options)
