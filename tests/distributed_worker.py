@@ -205,6 +205,27 @@ def rankings():
             assert_close(q, bo.interaction_matrices(w, v, c)[chunk])
 
 
+@case
+def resumable():
+    """Chunks of directions dealt to the ranks: each is computed once, by one of them, and all are found in the end."""
+    w, v, c = randn(9, 7), randn(9, 7), randn(7, 9)
+    folder = FOLDER / f"run-{dist.get_world_size()}"
+    computed = []
+
+    def analyse(part):
+        computed.append(part)
+        return bo.interaction_moments(w, v, part)
+
+    for times in (1, 0):
+        paths = bo.analysis.run_in_chunks(analyse, c, folder, chunk=2, group=dist.group.WORLD)
+        lengths = [None] * dist.get_world_size()
+        dist.all_gather_object(lengths, len(computed))
+        assert sum(lengths) == 4 * times and max(lengths) <= -(-4 // dist.get_world_size())
+        computed.clear()
+    for one, other in zip(bo.analysis.load_chunks(paths).values(), bo.interaction_moments(w, v, c), strict=True):
+        assert_close(one, other)
+
+
 def rank1_inputs(dtype):
     x, read, write = randn(3, 5, 7, dtype=dtype), randn(7, 9, dtype=dtype), randn(9, 6, dtype=dtype)
     gates, bias, weight = randn(3, 5, 9, dtype=dtype).sigmoid(), randn(6, dtype=dtype), randn(6, 7, dtype=dtype)

@@ -15,6 +15,7 @@ from bilinear_ops._sharding import gathered, over_directions, sharded
 from bilinear_ops.analysis.eigen.eigensolvers import Solution, compress, extremes_first, plan, solve
 from bilinear_ops.analysis.eigen.gradient import differentiable
 from bilinear_ops.analysis.eigen.operators import product
+from bilinear_ops.analysis.progress import bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.results import Directions, coefficients
@@ -133,23 +134,13 @@ def interaction_eigh(
 
 def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tensor | Directions]:
     rows = c.u if isinstance(c, Directions) else c
-    bar = None
-    if progress and (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or torch.distributed.get_rank() == 0
-    ):
-        try:
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
-        bar = tqdm(total=len(rows), unit="direction")
+    shown = bar(len(rows), "direction") if progress else None
     for part in rows.split(step):
         yield Directions(part, c.p) if isinstance(c, Directions) else part
-        if bar is not None:
-            bar.update(len(part))
-    if bar is not None:
-        bar.close()
+        if shown is not None:
+            shown.update(len(part))
+    if shown is not None:
+        shown.close()
 
 
 def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
