@@ -126,7 +126,8 @@ def _gated(
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     y, _ = gated_op(rows, *tensors[:-1], beta_tensor(beta, activation, x), activation, save, impl)
-    return y.view(*x.shape[:-1], y.shape[1])
+    # not a view, of which FSDP2 would warn
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _is_small(x: Tensor, w: Tensor) -> bool:

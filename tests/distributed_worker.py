@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bilinear_ops as bo
 import bilinear_ops.gated
@@ -38,22 +39,22 @@ def case(function):
 
 
 class Counted(TorchDispatchMode):
-    """Collectives and the bytes that each takes from a rank."""
+    """Collectives, and the bytes of the whole tensors that they reduce, gather or scatter (V in docs/scale.md)."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.bytes = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("_c10d_functional", "c10d_functional", "c10d"):
-            name = func._schema.name.partition("::")[2].strip("_")
-            if not name.startswith(("wait", "wrap")):
-                tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-                self.calls[name] += 1
-                self.bytes[name] += tensors[0].numel() * tensors[0].itemsize
         if any(t is DTensor for t in types):
             return NotImplemented
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2].strip("_")
+        if func.namespace in ("_c10d_functional", "c10d") and not name.startswith(("wait", "wrap")):
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.calls[name] += 1
+            self.bytes[name] += max(t.numel() * t.itemsize for t in tensors)
+        return out
 
 
 def on(mesh, t, *placements):
@@ -159,7 +160,7 @@ def interactions():
 @case
 def rankings():
     """Directions dealt to the ranks of a group: rankings to the bit, ties included, their gradients, and the rest."""
-    group = dist.group.WORLD
+    group, world = dist.group.WORLD, dist.get_world_size()
     mesh = line()
     for dtype in DTYPES:
         w, v, c = (torch.randint(-2, 3, shape).to(dtype) for shape in ((9, 7), (9, 7), (6, 9)))
@@ -174,7 +175,12 @@ def rankings():
             for score in ("cross", "self", "pair", "entry"):
                 for weight in weights:
                     options = {"score": score, "scope": scope, "weight": weight}
-                    mine = bo.interaction_topk(w, v, c, 6, **options, group=group)
+                    with Counted() as counted:
+                        mine = bo.interaction_topk(w, v, c, 6, **options, group=group)
+                    item = 24 + c.itemsize  # a value and three indices; beside them a rank for the merge
+                    padded = world * -(-6 // world)  # ranks hold as many directions, some of them void
+                    expected = 6 * padded * item if scope == "output" else 6 * world * (item + c.itemsize)
+                    assert set(counted.calls) == {"all_gather_into_tensor"} and counted.bytes.total() == expected
                     for one, other in zip(mine, bo.interaction_topk(w, v, c, 6, **options), strict=True):
                         assert torch.equal(one, other), (options, one, other)
             mine = bo.interaction_topk(w, v, bo.Directions(u, p), 4, scope=scope, basis=basis, group=group)
@@ -343,9 +349,8 @@ def tensor_parallel():
             y = part(b)
             y.backward(slab(gradient, 1))
         assert counted.calls == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}, counted.calls
-        gathered = x.numel() // world + gradient.numel() // world  # forward's inputs, backward's gradients
-        assert counted.bytes["all_gather_into_tensor"] == gathered * x.itemsize
-        assert counted.bytes["reduce_scatter_tensor"] == (x.numel() + gradient.numel()) * x.itemsize
+        whole_bytes = (x.numel() + gradient.numel()) * x.itemsize
+        assert counted.bytes == {"all_gather_into_tensor": whole_bytes, "reduce_scatter_tensor": whole_bytes}
         assert_close(y, slab(whole(x), 1))
         assert_close(b.grad, slab(a.grad, 1))
         compare_gradients(part, whole)
@@ -360,9 +365,14 @@ def data_parallel():
         for recompute in (False, True):
             part, whole = layers(dtype, recompute=recompute)
             whole(x).backward(gradient / world)  # both average over ranks
-            fully_shard(part, mesh=line())
-            y = part(slab(x))
-            y.backward(slab(gradient))
+            fully_shard(part, mesh=line(), reshard_after_forward=recompute)
+            with Counted() as counted:
+                y = part(slab(x))
+                y.backward(slab(gradient))
+            padded = sum(world * -(-len(t) // world) * (t.numel() // len(t)) for t in whole.parameters())
+            calls = {"allgather_base": 1 + recompute, "reduce_scatter_base": 1}
+            assert counted.calls == calls, counted.calls
+            assert counted.bytes == {name: n * padded * x.itemsize for name, n in calls.items()}
             assert_close(y, slab(whole(x)))
             compare_gradients(part, whole)
 
@@ -479,6 +489,15 @@ def refusals():
         parallelize_module(torch.nn.Linear(2, 2), mesh, GatedParallel())
     with pytest.raises(ValueError, match="no GatedMLP in Linear"):
         parallel_plan(torch.nn.Linear(2, 2))
+
+
+@case
+def example():
+    """examples/sharded.py finds what one process finds, to rounding."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from sharded import main
+
+    assert max(main().values()) < 1e-5
 
 
 def failing():
