@@ -64,6 +64,9 @@ def parallel_plan(module: nn.Module, *, sequence_dim: int | None = None) -> dict
     Returns:
         `{path: GatedParallel}`, to be merged with the plan of the other modules.
 
+    Layers built on the meta device are sharded before they have values; then `to_empty` and `reset_parameters`. On CPU
+    meshes PyTorch draws the same numbers for the shards of ranks with one seed: load values there instead.
+
     Raises:
         ValueError: no `GatedMLP` in the module.
     """
