@@ -216,17 +216,28 @@ def resumable():
     """Chunks of directions dealt to the ranks: each is computed once, by one of them, and all are found in the end."""
     w, v, c = randn(9, 7), randn(9, 7), randn(7, 9)
     folder = FOLDER / f"run-{dist.get_world_size()}"
-    computed = []
+    computed, shown = [], []
+
+    class Bar:
+        def __init__(self, total, unit, disable):
+            shown.append((total, unit, disable))
+
+        def update(self):
+            pass
+
+        close = update
 
     def analyse(part):
         computed.append(part)
         return bo.interaction_moments(w, v, part)
 
+    sys.modules["tqdm.auto"] = type("module", (), {"tqdm": Bar})
     for times in (1, 0):
-        paths = bo.analysis.run_in_chunks(analyse, c, folder, chunk=2, group=dist.group.WORLD)
+        paths = bo.analysis.run_in_chunks(analyse, c, folder, chunk=2, group=dist.group.WORLD, progress=True)
         lengths = [None] * dist.get_world_size()
         dist.all_gather_object(lengths, len(computed))
         assert sum(lengths) == 4 * times and max(lengths) <= -(-4 // dist.get_world_size())
+        assert shown.pop() == (len(computed), "chunk", dist.get_rank() > 0)
         computed.clear()
     for one, other in zip(bo.analysis.load_chunks(paths).values(), bo.interaction_moments(w, v, c), strict=True):
         assert_close(one, other)

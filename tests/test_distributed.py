@@ -71,6 +71,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     assert time.monotonic() - start < 110, "the other rank was left to its time-out"
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_a_checkpoint_of_two_processes_loads_in_one(launched, folder):
     """On the CPU without a process group, into plain layers."""
     errors = launched(2)[1]
