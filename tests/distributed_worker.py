@@ -114,6 +114,11 @@ def gated_layers():
             agree(mesh, mlp, tensors, hidden, Partial(), options)
         for dim in (0, 1):
             agree(mesh, mlp, tensors, (Shard(dim), *[R] * 7), Shard(dim))
+
+        def masked(x, w, v, p, mask):
+            return bo.gated_mlp(x, w, v, p, mask=mask)
+
+        agree(mesh, masked, (x, w, v, p, b_w), (R, Shard(0), Shard(0), Shard(1), Shard(0)), Partial())
         agree(mesh, mlp, tensors, (R, R, R, Shard(0), R, R, Shard(0), R), Shard(2))
         agree(mesh, bo.gated_bilinear, (x, w, v), (R, Shard(0), Shard(0)), Shard(2))
         agree(mesh, bo.gated_bilinear, (x, w, v), (Shard(1), R, R), Shard(1))
@@ -306,6 +311,16 @@ def masks():
             agree(mesh, layer, tensors, (R, Shard(1), Shard(0), Shard(2), R, R), Partial())
             agree(mesh, layer, tensors, (Shard(1), R, R, Shard(1), R, R), Shard(2))
             agree(mesh, layer, tensors, (Shard(0), R, R, Shard(0), R, R), Shard(1))
+
+            def gated(x, w, v, p, gates, b_p, target, options=options):
+                return bo.stochastic_gated_mlp(
+                    x, w, v, p, gates, b_p=b_p, target=target, delta="uniform", activation="silu", **options
+                )
+
+            target = randn(3, 5, 6, dtype=dtype)
+            gate = (x, read.mT.contiguous(), randn(9, 7, dtype=dtype), write.mT.contiguous(), gates, bias, target)
+            agree(mesh, gated, gate, (R, Shard(0), Shard(0), Shard(1), Shard(2), R, R), Partial())
+            agree(mesh, gated, gate, (Shard(1), R, R, R, Shard(1), R, Shard(1)), Shard(2))
         seed = torch.tensor(5)  # plain and 0-dim, as a training loop has it
         part = bo.stochastic_mask(on(mesh, gates, Shard(1)), seed=seed)
         assert torch.equal(part.full_tensor(), bo.stochastic_mask(gates, seed=5))
