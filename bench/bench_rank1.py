@@ -256,7 +256,7 @@ def tilings(device: torch.device, size: str) -> Iterator[Workload]:
         def through(backend: ModuleType, s: int = s, seed: Tensor = seed) -> Callable[..., Tensor]:
             def apply(acts: Tensor, write: Tensor, gates: Tensor) -> Tensor:
                 y = acts.new_empty(s, acts.shape[0], write.shape[1])
-                masks = Masks(gates, None, None, None, seed, 0, s, "continuous")
+                masks = Masks(gates, None, None, None, seed, None, None, 0, s, "continuous")
                 backend.masked_apply(y, acts, write, masks, 0.0)
                 return y
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bilinear_ops import reference
 from bilinear_ops._check import check_beside, check_place, check_sampling, check_seed
-from bilinear_ops.rank1.masks import stochastic_delta
+from bilinear_ops.rank1.masks import check_numbers, flat, stochastic_delta
 from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
 
@@ -24,6 +24,8 @@ def stochastic_masks(
     routing: Tensor | None,
     stream: int,
     source: Tensor | None,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
     impl: str,
 ) -> Masks:
     """The checked masks of an op whose subcomponents have activations of shape `full`, deltas drawn if asked for."""
@@ -36,12 +38,16 @@ def stochastic_masks(
         if delta != "uniform":
             raise ValueError(f'delta must be a tensor or "uniform", got {delta!r}')
         seed = check_seed(seed, x.device)
-        delta = stochastic_delta(lead, samples=samples, seed=seed, device=x.device, stream=stream, impl=impl)
+        delta = stochastic_delta(
+            lead, samples=samples, seed=seed, device=x.device, stream=stream, row_numbers=row_numbers, impl=impl
+        )
     else:
         check_beside(x, delta=(delta, (samples, *lead)))
     seed = check_seed(seed, x.device) if source is None else None
     delta = None if delta is None else delta.expand(samples, *lead)
-    return Masks(gates, source, delta, routing, seed, stream, samples, sampling if source is None else "source")
+    check_numbers(lead, full[-1], row_numbers, column_numbers, x.device)
+    numbers, kind = (flat(row_numbers), flat(column_numbers)), sampling if source is None else "source"
+    return Masks(gates, source, delta, routing, seed, *numbers, stream, samples, kind)
 
 
 def check_remainder(x: Tensor, delta: object, routing: object, **original: Tensor | None) -> None:
@@ -132,8 +138,9 @@ def masked_formula(acts: Tensor, write: Tensor, bias: Tensor | None, original: T
     mask, samples = gates, masks.samples
     if masks.seed is not None:
         mask = reference.stochastic_mask(
-            gates, samples=samples, seed=masks.seed, sampling=masks.sampling, stream=masks.stream
-        )
+            gates, samples=samples, seed=masks.seed, sampling=masks.sampling, stream=masks.stream,
+            row_numbers=masks.row_numbers, column_numbers=masks.column_numbers,
+        )  # fmt: skip
     elif masks.source is not None:
         mask = gates + (1 - gates) * masks.source
     return apply(acts, write, mask, bias, original, masks.delta, masks.routing).expand(samples, -1, -1)

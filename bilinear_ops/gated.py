@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import DTYPES, check
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.results import ACTIVATIONS, Gate
 
@@ -24,6 +25,7 @@ class Numbers(NamedTuple):
 SMALL_ON_CPU = 1 << 28  # tokens x d x h up to which eager PyTorch is faster: by 15 % at 2^26, 5 % at 2^28; measured
 
 
+@sharded("... h", over="... h", x="... d", w="h d", v="h d", b_w="h", b_v="h", beta="")
 def gated_bilinear(
     x: Tensor,
     w: Tensor,
@@ -68,6 +70,10 @@ def gated_bilinear(
     return _gated(x, w, v, None, b_w, b_v, None, activation, numbers, False, impl)
 
 
+@sharded(
+    "... o", over="... h o", once=("b_p",),
+    x="... d", w="h d", v="h d", p="o h", b_w="h", b_v="h", b_p="o", beta="", limit="", offset="", mask="... h",
+)  # fmt: skip
 def gated_mlp(
     x: Tensor,
     w: Tensor,
@@ -179,7 +185,8 @@ def _gated(
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     y, _ = gated_op(_rows(x), *tensors[:-1], *number_tensors(activation, numbers, x), activation, save, impl)
-    return y.view(*x.shape[:-1], y.shape[1])
+    # not a view, of which FSDP2 would warn
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class Masks(NamedTuple):
     delta: Tensor | None  # [S, M]
     routing: Tensor | None  # bool [M]: where False, mask - delta is 0
     seed: Tensor | None  # int64 []
+    row_numbers: Tensor | None  # int64 [M], without them 0, 1, ...: which draws are made
+    column_numbers: Tensor | None  # int64 [C], likewise
     stream: int
     samples: int
     sampling: str

@@ -316,7 +316,8 @@ def test_progress(monkeypatch):
     bars = []
 
     class Bar:
-        def __init__(self, total, unit):
+        def __init__(self, total, unit, disable):
+            assert not disable
             self.total, self.done, self.closed = total, 0, False
             bars.append(self)
 

@@ -70,7 +70,8 @@ def test_opcheck(sampling, save, impl):
     x, read, write, gates, bias, weight, delta = inputs()
     source = torch.rand(2, 5, 4).requires_grad_() if sampling == "source" else None
     seed = torch.tensor(3) if sampling == "continuous" else None
-    tail = (ROUTING, seed, 0, 2, sampling)
+    numbers = (None, torch.arange(4)) if sampling == "continuous" else (None, None)
+    tail = (ROUTING, seed, *numbers, 0, 2, sampling)
     args = (x, read, write, None, weight, bias, gates, source, delta, *tail, save, impl)
     torch.library.opcheck(bo.rank1.masked.rank1_op, args)
 
@@ -83,13 +84,29 @@ def test_opcheck_backward(need, impl):
     for kept, acts in ((randn(5, 4), None), (randn(0), randn(5, 4))):
         given = acts is not None  # the result then does not depend on read
         wanted = [need[0], need[1] and not given, need[2], need[3] and given, *need[4:]]
-        tensors = (randn(2, 5, 2), kept, x, read, write, acts, weight, bias, gates, source, delta, ROUTING, None)
+        tensors = (
+            randn(2, 5, 2),
+            kept,
+            x,
+            read,
+            write,
+            acts,
+            weight,
+            bias,
+            gates,
+            source,
+            delta,
+            ROUTING,
+            None,
+            None,
+            None,
+        )
         torch.library.opcheck(bo.rank1.masked.rank1_backward_op, (*tensors, 0, 2, "source", wanted, impl))
 
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 def test_opcheck_uniform(impl):
-    torch.library.opcheck(bo.rank1.masks.uniform_op, (torch.tensor(3), 0, 2, 5, 7, impl))
+    torch.library.opcheck(bo.rank1.masks.uniform_op, (torch.tensor(3), 0, 2, 5, 7, None, torch.arange(7), impl))
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

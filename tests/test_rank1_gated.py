@@ -186,7 +186,21 @@ def test_opcheck(impl):
     t = with_target(inputs(), 2)
     ordered = [t[n].requires_grad_() for n in ("x", "w", "v", "p", "b_w", "b_v", "b_p")]
     seed, mask = torch.tensor(3), (t["gates"].requires_grad_(), None, t["delta"].requires_grad_(), None)
-    args = (*ordered, None, t["target"].requires_grad_(), *mask, seed, 0, 2, "continuous", "silu", True, impl)
+    args = (
+        *ordered,
+        None,
+        t["target"].requires_grad_(),
+        *mask,
+        seed,
+        None,
+        None,
+        0,
+        2,
+        "continuous",
+        "silu",
+        True,
+        impl,
+    )
     torch.library.opcheck(bo.rank1.gated.stochastic_gated_op, args)
     plain = [a.detach() if isinstance(a, Tensor) else a for a in args[:-2]]
     for need in ([True] * 7 + [False, True, True, False, True], [False] * 3 + [True] + [False] * 8):

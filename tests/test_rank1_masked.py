@@ -311,7 +311,7 @@ def test_saved_for_backward(impl):
 def test_nothing_outside_the_outputs(rows, module):
     acts, write, dy = (testing.guarded(randn(*shape)) for shape in ((33, 35), (35, 9), (2, 33, 9)))
     gates, source, delta = (testing.guarded(torch.rand(*s)) for s in ((rows, 35), (2, rows, 35), (2, 33)))
-    masks = composite.Masks(gates, source, delta, torch.arange(33) % 3 > 0, None, 0, 2, "source")
+    masks = composite.Masks(gates, source, delta, torch.arange(33) % 3 > 0, None, None, None, 0, 2, "source")
     y = testing.guarded(torch.zeros(2, 33, 9))
     with testing.GuardedAllocations() as allocations:
         module.masked_apply(y, acts, write, masks, 0.0)

@@ -57,6 +57,48 @@ def test_same_for_every_tile(shape, monkeypatch):
             assert torch.equal(kernels.uniform(torch.tensor(5), 0, 2, *shape), expected)
 
 
+@pytest.mark.parametrize("draw", (reference.rank1.masks.uniform, composite.uniform, kernels.uniform))
+def test_draws_at_any_numbers(draw, monkeypatch):
+    """Rows and columns in any order, odd ones first, far ones among them: the draws that they have in the whole."""
+    monkeypatch.setattr(composite, "BLOCK", 100)
+    rows, columns = torch.tensor([7, 2, 69, 3, 2**39]), torch.tensor([129, 0, 5, 4, 3, 130, 17])
+    for r, c in ((rows, columns), (rows, None), (None, columns)):
+        row = list(range(5)) if r is None else r.tolist()
+        column = list(range(7)) if c is None else c.tolist()
+        expected = [[[oracle(5, 1, s, i, j) for j in column] for i in row] for s in range(2)]
+        with tuning.using(uniform=config.RowTile(2, 4, 4)):
+            assert draw(torch.tensor(5), 1, 2, 5, 7, r, c).tolist() == expected
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+@pytest.mark.parametrize("sampling", ("continuous", "binomial"))
+def test_part_of_a_batch_has_its_masks(sampling, impl):
+    """Tokens and subcomponents by their numbers: in the masks, in the layer that draws them and in its gradients."""
+    whole = {k: torch.randn(s) for k, s in dict(x=(3, 5, 4), read=(4, 9), write=(9, 6), weight=(6, 4)).items()}
+    gates = torch.rand(3, 5, 9).requires_grad_()
+    tokens, chosen = torch.arange(15).view(3, 5), torch.tensor([8, 1, 3])
+    options = dict(samples=2, seed=3, sampling=sampling, impl=impl)
+    mask = bo.stochastic_mask(gates, **options)
+    part = (slice(None), slice(1, 4))
+    numbers = dict(row_numbers=tokens[part], column_numbers=chosen)
+    assert torch.equal(bo.stochastic_mask(gates[part][..., chosen], **options, **numbers), mask[:, :, 1:4][..., chosen])
+
+    def layer(module, gates, numbers, tokens, chosen, **options):
+        x, read, write = whole["x"][tokens], whole["read"][:, chosen], whole["write"][chosen]
+        y = module.stochastic_rank1_linear(
+            x, read, write, gates, weight=whole["weight"], delta="uniform", **options, **numbers
+        )
+        return y, *torch.autograd.grad(y.square().sum(), gates)
+
+    some = gates[part][..., chosen]
+    found = layer(bo, some, numbers, part, chosen, **options)
+    del options["impl"]
+    torch.testing.assert_close(found, layer(bo.reference, some, numbers, part, chosen, **options))
+    everything = layer(bo.reference, gates, {}, slice(None), slice(None), **options)
+    rows = layer(bo, gates[part], {"row_numbers": tokens[part]}, part, slice(None), **options)
+    torch.testing.assert_close(rows, (everything[0][:, :, 1:4], everything[1][part]))
+
+
 @triton.jit
 def tile_at(seed_ptr, out_ptr, row, column):
     u = kernels.uniform_tile(

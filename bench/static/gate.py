@@ -226,7 +226,9 @@ def rank1_cases(arch: str) -> Iterator[Case]:
                 wide = partial(t, dtype=torch.float32)
                 source = wide(s, rows, c) if sampling == "source" else None
                 seed = t(dtype=torch.int64) if sampling in ("continuous", "binomial") else None
-                drawn = Masks(wide(rows, c), source, wide(s, m), t(m, dtype=torch.bool), seed, 0, s, sampling)
+                drawn = Masks(
+                    wide(rows, c), source, wide(s, m), t(m, dtype=torch.bool), seed, None, None, 0, s, sampling
+                )
                 case = f"{name} {sampling} {'broadcast' if rows == 1 else 'full'}"
                 need = [True, True, True, source is not None, True]
                 yield Case(case, partial(masked.masked_apply, t(s, m, o), t(m, c), t(c, o), drawn, 1.0))

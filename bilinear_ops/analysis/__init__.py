@@ -14,6 +14,7 @@ from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
 from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
+from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
 from bilinear_ops.analysis.strongest import StrongestDirections, strength, strongest_directions
@@ -49,7 +50,9 @@ __all__ = [
     "interaction_eigh",
     "layer_distance",
     "layer_similarity",
+    "load_chunks",
     "reexpress",
+    "run_in_chunks",
     "strength",
     "strongest_directions",
     "truncate",

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_index, check_layer
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.interaction import entries as composite
 from bilinear_ops.results import ActiveInteractions, Directions
 
 
+@sharded("K", over="K h o", w="h d", v="h d", c="K h", basis="d F")
 @_op.without_autocast
 def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, *, basis: Tensor | None = None) -> Tensor:
     """The self-interactions Q_k[i, i], diag(Q_k) = C (W * V), with no Q formed.
@@ -31,6 +33,7 @@ def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, *, basis:
     return composite.interaction_diagonal(w, v, c, basis)
 
 
+@sharded("N", over="N h o", w="h d", v="h d", c="K h", k="N", i="N", j="N", basis="d F")
 @_op.without_autocast
 def interaction_entries(
     w: Tensor, v: Tensor, c: Tensor | Directions, k: Tensor, i: Tensor, j: Tensor, *, basis: Tensor | None = None

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_index
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.interaction import forms as composite
 from bilinear_ops.results import REDUCTIONS
 
 
+@sharded("... K", over="... K", x="... d", q="K")
 @_op.without_autocast
 def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
     """x^T Q_k x for every matrix: the response of direction k of a bilinear layer to x ([P] eq. 2).

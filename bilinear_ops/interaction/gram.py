@@ -6,9 +6,11 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.interaction import gram as composite
 
 
+@sharded("h h2", over="h2", w="h d", v="h d", w2="h2 d", v2="h2 d")
 @_op.without_autocast
 def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
     """Frobenius inner products of the neurons' symmetric matrices sym(w_h v_h^T), from inner products of their rows.
@@ -32,6 +34,7 @@ def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None = None, v2: Tensor | Non
     return composite.neuron_gram(w, v, w2, v2)
 
 
+@sharded("", over="h1 h2 o", w1="h1 d", v1="h1 d", p1="o h1", w2="h2 d", v2="h2 d", p2="o h2")
 @_op.without_autocast
 def layer_inner(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:
     """The inner product <B1, B2> of two layers' bilinear tensors, with no [h1, h2] array in memory.

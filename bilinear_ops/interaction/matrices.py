@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_layer
+from bilinear_ops._sharding import own_directions, sharded
 from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.results import LAYOUTS, Directions
 
@@ -15,6 +17,7 @@ from bilinear_ops.results import LAYOUTS, Directions
 LEFT_TO_PYTORCH = "the table of tiles leaves these sizes to PyTorch"
 
 
+@sharded("K", over="K h o", w="h d", v="h d", c="K h")
 @_op.without_autocast
 def interaction_matrices(
     w: Tensor, v: Tensor, c: Tensor | Directions, *, layout: str = "full", impl: str = "auto"
@@ -47,7 +50,14 @@ def interaction_matrices(
 
 
 def iter_interaction_matrices(
-    w: Tensor, v: Tensor, c: Tensor | Directions, *, layout: str = "full", chunk_bytes: int, impl: str = "auto"
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    *,
+    layout: str = "full",
+    chunk_bytes: int,
+    group: Any = None,
+    impl: str = "auto",
 ) -> Iterator[tuple[slice, Tensor]]:
     """The matrices in chunks of directions, for a K whose `interaction_matrices` would not fit in memory.
 
@@ -56,6 +66,7 @@ def iter_interaction_matrices(
         chunk_bytes: what the tensors of a chunk, its workspace and the chunk before it, which the caller's loop may
             still hold, take together at most. Not counted are a library's own buffers (a few MB), and what tuning takes
             while it measures and by what it prefers.
+        group: process group whose ranks all call with the same tensors: each yields its share of the directions.
 
     Yields:
         (slice of the directions, their matrices), in order; each chunk is a tensor of its own.
@@ -68,15 +79,15 @@ def iter_interaction_matrices(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     impl = _impl.resolve(impl, w)
     step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes, impl)
-    return _chunks(w, v, c, layout, step, impl)
+    mine = range(sizes["K"]) if group is None else own_directions(group, sizes["K"])
+    return _chunks(w, v, c, layout, mine, step, impl)
 
 
 def _chunks(
-    w: Tensor, v: Tensor, c: Tensor | Directions, layout: str, step: int, impl: str
+    w: Tensor, v: Tensor, c: Tensor | Directions, layout: str, mine: range, step: int, impl: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    rows = c.u if isinstance(c, Directions) else c
-    for start in range(0, rows.shape[0], step):
-        chunk = slice(start, min(start + step, rows.shape[0]))
+    for start in range(mine.start, mine.stop, step):
+        chunk = slice(start, min(start + step, mine.stop))
         part = Directions(c.u[chunk], c.p) if isinstance(c, Directions) else c[chunk]
         yield chunk, interaction_matrices(w, v, part, layout=layout, impl=impl)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_layer
+from bilinear_ops._sharding import gathered, is_sharded, over_directions, sharded
+from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.composite.interaction import ranking as composite
 from bilinear_ops.composite.interaction.matrices import LOOP_MAX
 from bilinear_ops.interaction.entries import interaction_entries
@@ -41,6 +45,7 @@ def interaction_topk(
     scope: str = "output",
     weight: Tensor | Callable[[int], Tensor] | None = None,
     basis: Tensor | None = None,
+    group: Any = None,
     impl: str = "auto",
 ) -> TopInteractions:
     """The n strongest interactions by magnitude, of every output or of all together, with no [K, F, F] in memory.
@@ -53,6 +58,8 @@ def interaction_topk(
         weight: multiplies the score for ranking only, as co-activation does: `[F, F]` (or `[d, d]` without a basis),
             `[K, F, F]`, or a function of the output's number that returns `[F, F]`; read at i <= j.
         basis: `[d, F]` directions of features.
+        group: process group whose ranks all call with the same tensors: each does its share of the directions, and
+            every one gets the whole result. Directions sharded as DTensors leave the result sharded.
         impl: as for `interaction_matrices`; the kernels form the matrices, and a ranking that forms none has no kernel.
 
     Returns:
@@ -64,6 +71,32 @@ def interaction_topk(
             a basis for more than 48 outputs.
         ValueError: unknown score, scope or impl, or n out of range.
     """
+    if group is not None:
+        check_layer(w, v, c, basis)
+        whole, shared = over_directions(group, w)
+        part = shared if isinstance(weight, Tensor) and weight.dim() == 3 else whole
+        w, v, c, weight, basis = whole(w), whole(v), shared(c), part(weight), whole(basis)
+        top = interaction_topk(w, v, c, n, score=score, scope=scope, weight=weight, basis=basis, impl=impl)
+        return top if scope == "global" else gathered(top)
+    if scope == "global" and is_sharded((w, v, c, basis)):
+        return _merged(w, v, c, n, score, weight, basis, impl)
+    return _interaction_topk(w, v, c, n, score, scope, weight, basis, impl)
+
+
+@sharded("K n", over="K", numbers={"outputs": "K"}, w="h d", v="h d", c="K h", weight="K F F", basis="d F")
+def _interaction_topk(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    n: int,
+    score: str,
+    scope: str,
+    weight: Tensor | Callable[[int], Tensor] | None,
+    basis: Tensor | None,
+    impl: str,
+    outputs: Tensor | None = None,
+) -> TopInteractions:
+    """Of the directions with the numbers `outputs`, where these are some of many."""
     sizes = check_layer(w, v, c, basis)
     features = sizes["d"] if basis is None else sizes["F"]
     _check_ranking(n, score, scope, sizes["K"], features)
@@ -78,28 +111,114 @@ def interaction_topk(
     tensors = (w, v, *factors(c), basis)
     if isinstance(weight, Tensor):
         weight = weight.detach()
+    elif weight is not None and outputs is not None:
+        weight = _weight_of(outputs, weight)
     # a function cannot pass through a registered op
     select: Callable[..., tuple[Tensor, ...]] = topk_op if weight is None or isinstance(weight, Tensor) else _topk
     with torch.no_grad():
         detached = [None if t is None else t.detach() for t in tensors]
         top = TopInteractions(*select(*detached, weight, n, score, scope, impl))
+    numbered = top if outputs is None else top._replace(k=outputs[top.k])
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return top
+        return numbered
     k, i, j = (index.flatten() for index in top[1:])
     values = interaction_entries(w, v, c, k, i, j, basis=basis)
     if score in ("cross", "pair"):
         values = values * (1 + (i != j).long())  # a pair counts Q_ij and Q_ji
-    return top._replace(values=values.view(top.k.shape))
+    return numbered._replace(values=values.view(top.k.shape))
 
 
+def _weight_of(outputs: Tensor, weight: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """The weight as a function of a place among these outputs."""
+    numbers = outputs.tolist()
+    return lambda k: weight(numbers[k])
+
+
+class _Candidates(NamedTuple):
+    """What each rank has to offer for a ranking over all outputs `[ranks, n]`; rank is -1 past its last candidate."""
+
+    values: Tensor
+    rank: Tensor
+    k: Tensor
+    i: Tensor
+    j: Tensor
+
+
+def _merged(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    n: int,
+    score: str,
+    weight: Tensor | Callable[[int], Tensor] | None,
+    basis: Tensor | None,
+    impl: str,
+) -> TopInteractions:
+    """The ranking over all outputs from those of the ranks' own: one gather of n candidates a rank, then a sort.
+
+    The ranks' outputs and candidates are in order, so that a stable sort leaves ties in order of (k, i, j).
+    """
+    outputs = (c.u if isinstance(c, Directions) else c).shape[0]
+    _check_ranking(n, score, "global", outputs, (w if basis is None else basis).shape[1])
+    found = gathered(_interaction_topk_candidates(w, v, c, n, score, weight, basis, impl))
+    best = found.rank.flatten().argsort(descending=True, stable=True)[:n]
+    values, _, k, i, j = (t.flatten()[best] for t in found)
+    return TopInteractions(values.to(w.dtype), k, i, j)
+
+
+@sharded("ranks n", over="K", numbers={"outputs": "K"}, w="h d", v="h d", c="K h", weight="K F F", basis="d F")
+def _interaction_topk_candidates(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    n: int,
+    score: str,
+    weight: Tensor | Callable[[int], Tensor] | None,
+    basis: Tensor | None,
+    impl: str,
+    outputs: Tensor | None = None,
+) -> _Candidates:
+    w, v, basis = widen(w, v, basis)  # what is ranked, before it is rounded to a half precision
+    c = Directions(*widen(*c)) if isinstance(c, Directions) else widen(c)[0]
+    weight = widen(weight)[0] if isinstance(weight, Tensor) else weight
+    rows = (c.u if isinstance(c, Directions) else c).shape[0]
+    most = min(n, _pairs(score, (w if basis is None else basis).shape[1]) * rows)
+    if weight is not None and not isinstance(weight, Tensor) and outputs is not None:
+        weight = _weight_of(outputs, weight)
+    values, k, i, j = _interaction_topk(w, v, c, most, score, "global", weight, basis, impl)
+    rank = values.detach().abs()
+    if weight is not None:
+        for output in k.unique().tolist():
+            if isinstance(weight, Tensor):
+                scale = weight if weight.dim() == 2 else weight[output]
+            else:
+                scale = weight(output)
+            mine = k == output
+            rank[mine] *= scale[i[mine], j[mine]].abs()
+    if outputs is not None:
+        k = outputs[k]
+    short = (0, n - most)
+    return _Candidates(
+        pad(values, short)[None], pad(rank, short, value=-1.0)[None], *(pad(t, short)[None] for t in (k, i, j))
+    )
+
+
+@sharded("K", over="K", w="h d", v="h d", c="K h", basis="d F")
 def interaction_moments(
-    w: Tensor, v: Tensor, c: Tensor | Directions, *, basis: Tensor | None = None, impl: str = "auto"
+    w: Tensor,
+    v: Tensor,
+    c: Tensor | Directions,
+    *,
+    basis: Tensor | None = None,
+    group: Any = None,
+    impl: str = "auto",
 ) -> InteractionMoments:
     """Power sums and the largest magnitude over each output's entries i <= j, streamed; not differentiable.
 
     Args:
         w, v, c, impl: as for `interaction_matrices`.
         basis: `[d, F]` directions of features.
+        group: as for `interaction_topk`.
 
     Returns:
         `InteractionMoments(sum, squares, cubes, fourths, max_abs)`, each `[K]`, in float32 or better.
@@ -108,6 +227,9 @@ def interaction_moments(
         as `interaction_matrices`.
     """
     check_layer(w, v, c, basis)
+    if group is not None:
+        whole, shared = over_directions(group, w)
+        return gathered(interaction_moments(whole(w), whole(v), shared(c), basis=whole(basis), impl=impl))
     impl = _impl.resolve(impl, w)
     if _impl.needs_reference():
         return reference.interaction_moments(w, v, c, basis=basis)
@@ -115,12 +237,17 @@ def interaction_moments(
     return InteractionMoments(*moments_op(*tensors, impl))
 
 
+def _pairs(score: str, features: int) -> int:
+    """How many pairs of one output a score ranks."""
+    return {"self": features, "cross": features * (features - 1) // 2}.get(score, features * (features + 1) // 2)
+
+
 def _check_ranking(n: int, score: str, scope: str, outputs: int, features: int) -> None:
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    pairs = {"self": features, "cross": features * (features - 1) // 2}.get(score, features * (features + 1) // 2)
+    pairs = _pairs(score, features)
     most = pairs * outputs if scope == "global" else pairs
     if not 0 <= n <= most:
         raise ValueError(f"n must be from 0 to the number of scored pairs, {most}, got {n}")

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check, check_beside
+from bilinear_ops._sharding import sharded
 
 
+@sharded("... o i", over="... c o i", once=("base",), gates="... c", read="i c", write="c o", base="... o i")
 @_op.without_autocast
 def rank1_accumulate(gates: Tensor, read: Tensor, write: Tensor, *, base: Tensor | None = None) -> Tensor:
     """base + sum_c g_c l_c r_c^T, one weight for every row of gates.

@@ -18,12 +18,18 @@ from bilinear_ops._masks import (
     weighted_sum,
     write_remainder,
 )
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.composite.rank1 import masked as masked_composite
 from bilinear_ops.rank1 import masked
 from bilinear_ops.results import Gate, Masks
 
 
+@sharded(
+    "s ... o", over="... h o", once=("b_p", "target"), numbers={"row_numbers": "...", "column_numbers": "h"},
+    x="... d", w="h d", v="h d", p="o h", gates="... h", b_w="h", b_v="h", b_p="o", beta="", seed="",
+    source="s ... h", target="... o", delta="s ...", routing="...", row_numbers="...", column_numbers="h",
+)  # fmt: skip
 def stochastic_gated_mlp(
     x: Tensor,
     w: Tensor,
@@ -44,6 +50,8 @@ def stochastic_gated_mlp(
     target: Tensor | None = None,
     delta: Tensor | str | None = None,
     routing: Tensor | None = None,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """sum_i m_i (w_i.x + b) act(v_i.x + b) p_i + b_p: a gated layer whose terms are masked, m = g + (1 - g) r ([B]).
@@ -60,6 +68,7 @@ def stochastic_gated_mlp(
         target: `[..., o]`, the original layer's output before its output bias, which delta and routing refer to.
         delta: broadcasts to `[samples, ...]`, or "uniform", drawn for each sample and token.
         routing: bool, broadcasts to `[...]`: where False the token gets target + b_p.
+        row_numbers, column_numbers: as for `stochastic_mask`.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -77,13 +86,15 @@ def stochastic_gated_mlp(
     check_remainder(x, delta, routing, target=target)
     masks = stochastic_masks(
         x, gates, (*x.shape[:-1], w.shape[0]), samples=samples, seed=seed, sampling=sampling, delta=delta,
-        routing=routing, stream=stream, source=source, impl=impl,
+        routing=routing, stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers,
+        impl=impl,
     )  # fmt: skip
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
         return reference.stochastic_gated_mlp(
             x, w, v, p, gates, b_w, b_v, b_p, activation=activation, beta=beta, samples=samples, seed=masks.seed,
             sampling=sampling, stream=stream, source=source, target=target, delta=masks.delta, routing=routing,
+            row_numbers=row_numbers, column_numbers=column_numbers,
         ).contiguous()  # fmt: skip
     return _masked(x, w, v, p, b_w, b_v, b_p, target, activation, beta, masks, False, impl)
 
@@ -108,7 +119,7 @@ def masked_gated_mlp(
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
         return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta, mask=mask)
-    masks = Masks(mask, None, None, None, None, stream=0, samples=1, sampling="given")
+    masks = Masks(mask, None, None, None, None, None, None, stream=0, samples=1, sampling="given")
     return _masked(x, w, v, p, b_w, b_v, b_p, None, activation, beta, masks, recompute, impl)[0]
 
 
@@ -248,21 +259,24 @@ def _formula(
     *,
     routing: Tensor | None,
     seed: Tensor | None,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
     stream: int,
     samples: int,
     sampling: str,
     activation: str,
 ) -> Tensor:
     hid = reference.gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=1.0 if beta is None else beta)
-    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    masks = Masks(gates, source, delta, routing, seed, row_numbers, column_numbers, stream, samples, sampling)
     return masked_formula(hid, p.mT, b_p, target, masks)
 
 
 # from gates on in the order of Masks
 stochastic_gated_op, stochastic_gated_backward_op = _op.differentiable(
     "stochastic_gated(Tensor x, Tensor w, Tensor v, Tensor p, Tensor? b_w, Tensor? b_v, Tensor? b_p, Tensor? beta, "
-    "Tensor? target, Tensor gates, Tensor? source, Tensor? delta, Tensor? routing, Tensor? seed, int stream, "
-    "int samples, str sampling, str activation, bool save, str impl) -> (Tensor, Tensor)",
+    "Tensor? target, Tensor gates, Tensor? source, Tensor? delta, Tensor? routing, Tensor? seed, Tensor? row_numbers, "
+    "Tensor? column_numbers, int stream, int samples, str sampling, str activation, bool save, str impl) "
+    "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _backward,

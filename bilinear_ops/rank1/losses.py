@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import losses as composite
 
 
@@ -35,7 +36,13 @@ def faithfulness_loss(weight: Tensor, read: Tensor, write: Tensor, *, impl: str 
     impl = _impl.resolve(impl, weight)
     if _impl.needs_reference():
         return reference.faithfulness_loss(weight, read, write)
-    return squared_difference_op(weight, read, write, impl) / weight.numel()
+    return _squared_difference(weight, read, write, impl) / weight.numel()
+
+
+@sharded("", over="o i", weight="o i", read="i c", write="c o")
+def _squared_difference(weight: Tensor, read: Tensor, write: Tensor, impl: str) -> Tensor:
+    """sum (W - (R L)^T)^2."""
+    return squared_difference_op(weight, read, write, impl)
 
 
 @_op.without_autocast

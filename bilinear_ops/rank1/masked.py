@@ -18,6 +18,7 @@ from bilinear_ops._masks import (
     weighted_sum,
     write_remainder,
 )
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import masked as composite
 from bilinear_ops.results import Masks
 
@@ -25,6 +26,11 @@ from bilinear_ops.results import Masks
 NO_MASK = "rank1_linear without mask, delta and routing is two library GEMMs and has no kernel"
 
 
+@sharded(
+    "... o", over="... c o", once=("bias", "weight"),
+    x="... i", read="i c", write="c o", mask="... c", bias="o", weight="o i", delta="...", routing="...",
+    acts="... c",
+)  # fmt: skip
 def rank1_linear(
     x: Tensor,
     read: Tensor,
@@ -73,10 +79,15 @@ def rank1_linear(
         return y.contiguous()
     mask = x.new_ones(1, sizes["c"]) if mask is None else mask
     delta = None if delta is None else delta.expand(lead)[None]
-    masks = Masks(mask, None, delta, routing, None, stream=0, samples=1, sampling="given")
+    masks = Masks(mask, None, delta, routing, None, None, None, stream=0, samples=1, sampling="given")
     return _masked(x, read, write, acts, weight, bias, masks, impl)[0]
 
 
+@sharded(
+    "s ... o", over="... c o", once=("bias", "weight"), numbers={"row_numbers": "...", "column_numbers": "c"},
+    x="... i", read="i c", write="c o", gates="... c", bias="o", seed="", weight="o i", delta="s ...", routing="...",
+    acts="... c", source="s ... c", row_numbers="...", column_numbers="c",
+)  # fmt: skip
 def stochastic_rank1_linear(
     x: Tensor,
     read: Tensor,
@@ -93,6 +104,8 @@ def stochastic_rank1_linear(
     acts: Tensor | None = None,
     stream: int = 0,
     source: Tensor | None = None,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
@@ -109,6 +122,7 @@ def stochastic_rank1_linear(
         delta: broadcasts to `[samples, ...]`, or "uniform", drawn for each sample and token.
         stream: int that keeps two sites with one seed apart.
         source: broadcasts to `[samples, ..., C]`: used for r instead of drawing.
+        row_numbers, column_numbers: as for `stochastic_mask`.
 
     Returns:
         `[samples, ..., d_out]`, contiguous, in x's dtype.
@@ -123,13 +137,14 @@ def stochastic_rank1_linear(
     lead = x.shape[:-1]
     masks = stochastic_masks(
         x, gates, (*lead, sizes["c"]), samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
-        stream=stream, source=source, impl=impl,
+        stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers, impl=impl,
     )  # fmt: skip
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
         return reference.stochastic_rank1_linear(
             x, read, write, gates, bias, samples=samples, seed=masks.seed, sampling=sampling, weight=weight,
             delta=masks.delta, routing=routing, acts=acts, stream=stream, source=source,
+            row_numbers=row_numbers, column_numbers=column_numbers,
         ).contiguous()  # fmt: skip
     return _masked(x, read, write, acts, weight, bias, masks, impl)
 
@@ -272,6 +287,8 @@ def _formula(
     *,
     routing: Tensor | None,
     seed: Tensor | None,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
     stream: int,
     samples: int,
     sampling: str,
@@ -279,15 +296,15 @@ def _formula(
     """The result of the op by the reference's pieces: differentiable to any order."""
     acts = x @ read if acts is None else acts
     original = None if weight is None else x @ weight.mT
-    masks = Masks(gates, source, delta, routing, seed, stream, samples, sampling)
+    masks = Masks(gates, source, delta, routing, seed, row_numbers, column_numbers, stream, samples, sampling)
     return masked_formula(acts, write, bias, original, masks)
 
 
 # from gates on in the order of Masks
 rank1_op, rank1_backward_op = _op.differentiable(
     "rank1(Tensor x, Tensor read, Tensor write, Tensor? acts, Tensor? weight, Tensor? bias, Tensor gates, "
-    "Tensor? source, Tensor? delta, Tensor? routing, Tensor? seed, int stream, int samples, str sampling, bool save, "
-    "str impl) -> (Tensor, Tensor)",
+    "Tensor? source, Tensor? delta, Tensor? routing, Tensor? seed, Tensor? row_numbers, Tensor? column_numbers, "
+    "int stream, int samples, str sampling, bool save, str impl) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _backward,

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op
 from bilinear_ops._check import check, check_integers, check_sampling, check_seed
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import masks as composite
 from bilinear_ops.composite.rank1.masks import blend, delta_site, mask_site, routing_site
 from bilinear_ops.results import SAMPLINGS
 
 
+@sharded(
+    "s ... c", over="... c", numbers={"row_numbers": "...", "column_numbers": "c"},
+    gates="... c", seed="", row_numbers="...", column_numbers="c",
+)  # fmt: skip
 def stochastic_mask(
     gates: Tensor,
     *,
@@ -22,6 +27,8 @@ def stochastic_mask(
     seed: int | Tensor,
     sampling: str = "continuous",
     stream: int = 0,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """g + (1 - g) r with r ~ U(0, 1) or Bernoulli(1/2): exactly the masks of `stochastic_rank1_linear` ([SPD]).
@@ -32,6 +39,8 @@ def stochastic_mask(
         seed: int or int64 0-dim tensor on the device of gates; with stream, sample, row and column it fixes each draw.
         sampling: "continuous" or "binomial".
         stream: int that keeps two sites with one seed apart.
+        row_numbers, column_numbers: int64 `[...]` and `[C]`, the numbers of the tokens and subcomponents; 0, 1, ...
+            without them. Part of a batch with its numbers gets the masks that it has in the batch, as DTensors do.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -46,7 +55,9 @@ def stochastic_mask(
     check_sampling(samples, sampling)
     seed = check_seed(seed, gates.device)
     gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
-    r = draw(seed, mask_site(stream), samples, gates.shape[:-1].numel(), gates.shape[-1], impl)
+    check_numbers(gates.shape[:-1], gates.shape[-1], row_numbers, column_numbers, gates.device)
+    sizes = gates.shape[:-1].numel(), gates.shape[-1]
+    r = draw(seed, mask_site(stream), samples, *sizes, impl, row_numbers, column_numbers)
     r = r.view(samples, *gates.shape)
     return torch.where(r >= 0.5, 1, gates) if sampling == "binomial" else blend(gates, r)
 
@@ -58,6 +69,7 @@ def stochastic_delta(
     seed: int | Tensor,
     device: Any = None,
     stream: int = 0,
+    row_numbers: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """U(0, 1) for each sample and token: exactly what delta="uniform" draws in `stochastic_rank1_linear`.
@@ -65,7 +77,7 @@ def stochastic_delta(
     Args:
         shape: of the tokens.
         device: of the result; the default device without it.
-        samples, seed, stream, impl: as for `stochastic_mask`, which never shares a draw with this function.
+        samples, seed, stream, row_numbers, impl: as for `stochastic_mask`, which shares no draw with this function.
 
     Returns:
         float32 `[samples, *shape]`.
@@ -75,7 +87,9 @@ def stochastic_delta(
     """
     check_sampling(samples, SAMPLINGS[0])
     seed = check_seed(seed, torch.empty(0, device=device).device)
-    return draw(seed, delta_site(stream), samples, torch.Size(shape).numel(), 1, impl).view(samples, *shape)
+    check_numbers(shape, 1, row_numbers, None, seed.device)
+    tokens = torch.Size(shape).numel()
+    return draw(seed, delta_site(stream), samples, tokens, 1, impl, row_numbers).view(samples, *shape)
 
 
 def subset_routing(
@@ -113,9 +127,41 @@ def subset_routing(
     return (ranks <= count[:, None]).t().reshape(sites, *shape)
 
 
-def draw(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
+def check_numbers(
+    lead: Sequence[int],
+    columns: int,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Raise TypeError or RuntimeError unless the numbers of rows and columns are int64 tensors of these shapes."""
+    for name, t, shape in (("row_numbers", row_numbers, tuple(lead)), ("column_numbers", column_numbers, (columns,))):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or t.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        if tuple(t.shape) != shape or t.device != device:
+            raise RuntimeError(f"{name} must have shape {list(shape)} on {device}, got {list(t.shape)} on {t.device}")
+
+
+def draw(
+    seed: Tensor,
+    site: int,
+    samples: int,
+    rows: int,
+    columns: int,
+    impl: str,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
+) -> Tensor:
     """Uniforms [samples, rows, columns] in [0, 1)."""
-    return uniform_op(seed, site, samples, rows, columns, _impl.resolve(impl, seed))
+    numbers = flat(row_numbers), flat(column_numbers)
+    return uniform_op(seed, site, samples, rows, columns, *numbers, _impl.resolve(impl, seed))
+
+
+def flat(numbers: Tensor | None) -> Tensor | None:
+    """As the kernels read them."""
+    return None if numbers is None else numbers.reshape(-1).contiguous()
 
 
 def launchers():
@@ -125,16 +171,27 @@ def launchers():
     return masks
 
 
-def _uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int, impl: str) -> Tensor:
-    return (composite if impl == "torch" else launchers()).uniform(seed, site, samples, rows, columns)
+def _uniform(
+    seed: Tensor,
+    site: int,
+    samples: int,
+    rows: int,
+    columns: int,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
+    impl: str,
+) -> Tensor:
+    path = composite if impl == "torch" else launchers()
+    return path.uniform(seed, site, samples, rows, columns, row_numbers, column_numbers)
 
 
-def _uniform_fake(seed: Any, site: int, samples: int, rows: int, columns: int, impl: str) -> Any:
+def _uniform_fake(seed, site, samples, rows, columns, row_numbers, column_numbers, impl):
     return seed.new_empty(samples, rows, columns, dtype=torch.float32)
 
 
 uniform_op = _op.register(
-    "uniform(Tensor seed, int site, int samples, SymInt rows, SymInt columns, str impl) -> Tensor",
+    "uniform(Tensor seed, int site, int samples, SymInt rows, SymInt columns, Tensor? row_numbers, "
+    "Tensor? column_numbers, str impl) -> Tensor",
     _uniform,
     _uniform_fake,
 )

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_beside
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import sparse as composite
 
 
+@sharded("... o", over="... o", x="... i", read="i c", write="c o", indices="... k", gates="... k", bias="o")
 def rank1_sparse(
     x: Tensor,
     read: Tensor,

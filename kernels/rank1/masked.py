@@ -13,7 +13,7 @@ from torch import Tensor
 from bilinear_ops.composite.rank1.masks import mask_site
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.rank1.masks import sample_state, uniform_tile
+from bilinear_ops.kernels.rank1.masks import draw_uniforms, sample_state
 from bilinear_ops.kernels.records import RowTile
 from bilinear_ops.kernels.tile import load_tile, store_tile
 from bilinear_ops.results import Masks
@@ -33,7 +33,7 @@ def load_gates(ptr, stride_m, stride_c, row, column, M, C, PERIOD, ROWS: tl.cons
 
 @triton.jit
 def draw_tile(
-    g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
+    g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, rows_ptr, columns_ptr, sample, row, column, M, C,
     SAMPLING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(mask, d mask / d gate) of one sample. The launcher disables fused multiply-adds: they would change the mask."""
@@ -46,7 +46,8 @@ def draw_tile(
         mask = g + (1.0 - g) * r
         slope = 1.0 - r
     else:
-        r = uniform_tile(sample_state(seed_ptr, site, sample), row, column, ROWS, COLUMNS)
+        state = sample_state(seed_ptr, site, sample)
+        r = draw_uniforms(state, rows_ptr, columns_ptr, row, column, M, C, ROWS, COLUMNS)
         if SAMPLING == "binomial":
             mask = tl.where(r >= 0.5, 1.0, g)
             slope = tl.where(r >= 0.5, 0.0, 1.0)
@@ -86,7 +87,7 @@ def mask_kernel(
     source_ptr, stride_ss, stride_sm, stride_sc,
     delta_ptr, stride_ds, stride_dm,
     routing_ptr, stride_rm,
-    seed_ptr, site,
+    seed_ptr, site, rows_ptr, columns_ptr,
     out_ptr,
     S, M, C, PERIOD,
     SAMPLING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -100,8 +101,8 @@ def mask_kernel(
     for s in range(S):
         sample = tl.cast(s, tl.int64)  # a plain int in the interpreter
         mask, _ = draw_tile(
-            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
-            SAMPLING, ROWS, COLUMNS,
+            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, rows_ptr, columns_ptr,
+            sample, row, column, M, C, SAMPLING, ROWS, COLUMNS,
         )  # fmt: skip
         coefficient = coefficient_tile(
             mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS
@@ -118,7 +119,7 @@ def mask_backward_kernel(
     source_ptr, stride_ss, stride_sm, stride_sc,
     delta_ptr, stride_ds, stride_dm,
     routing_ptr, stride_rm,
-    seed_ptr, site,
+    seed_ptr, site, rows_ptr, columns_ptr,
     dacts_ptr, dgates_ptr, dsource_ptr, ddelta_ptr,
     S, M, C, PERIOD,
     SAMPLING: tl.constexpr, SUM_GATES: tl.constexpr, SUM_SOURCE: tl.constexpr, KEEP: tl.constexpr,
@@ -141,8 +142,8 @@ def mask_backward_kernel(
     for s in range(S):
         sample = tl.cast(s, tl.int64)  # a plain int in the interpreter
         mask, slope = draw_tile(
-            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, sample, row, column, M, C,
-            SAMPLING, ROWS, COLUMNS,
+            g, source_ptr, stride_ss, stride_sm, stride_sc, seed_ptr, site, rows_ptr, columns_ptr,
+            sample, row, column, M, C, SAMPLING, ROWS, COLUMNS,
         )  # fmt: skip
         coefficient = coefficient_tile(
             mask, delta_ptr, stride_ds, stride_dm, routing_ptr, stride_rm, sample, row, M, ROWS
@@ -250,7 +251,7 @@ def _operands(acts: Tensor, masks: Masks) -> tuple[object, ...]:
         source, *((0, 0, 0) if source is None else source.stride()),
         masks.delta, *((0, 0) if masks.delta is None else masks.delta.stride()),
         routing, 0 if routing is None else routing.stride(0),
-        masks.seed, mask_site(masks.stream),
+        masks.seed, mask_site(masks.stream), masks.row_numbers, masks.column_numbers,
     )  # fmt: skip
 
 

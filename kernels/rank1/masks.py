@@ -47,6 +47,30 @@ def uniform_tile(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def uniform_at(state, rows, columns):
+    """float32 [ROWS, COLUMNS] in [0, 1) at int64 rows and columns in any order: a word for each."""
+    pairs = (columns // 2 + 1).to(tl.uint64) * GOLDEN
+    words = mix((state + (rows.to(tl.uint64) << PAIR_BITS) * GOLDEN)[:, None] + pairs[None, :])
+    return unit(tl.where((columns % 2 == 1)[None, :], words >> 32, words).to(tl.uint32))
+
+
+@triton.jit
+def draw_uniforms(state, rows_ptr, columns_ptr, row, column, M, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The uniforms of one tile, at the numbers of its rows and columns where these are given."""
+    if rows_ptr is None and columns_ptr is None:
+        u = uniform_tile(state, row, column, ROWS, COLUMNS)
+    else:
+        rows = tl.cast(row, tl.int64) + tl.arange(0, ROWS)
+        columns = tl.cast(column, tl.int64) + tl.arange(0, COLUMNS)
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + rows, mask=rows < M, other=0)
+        if columns_ptr is not None:
+            columns = tl.load(columns_ptr + columns, mask=columns < C, other=0)
+        u = uniform_at(state, rows, columns)
+    return u
+
+
+@triton.jit
 def unit(half_word):
     """uint32 -> float32 in [0, 1): the top 24 bits as a signed number, scaled and shifted; every step is exact."""
     return (half_word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08 + 0.5
@@ -54,7 +78,7 @@ def unit(half_word):
 
 @triton.jit(do_not_specialize=["site"])
 def uniform_kernel(
-    seed_ptr, site, out_ptr, R, C,
+    seed_ptr, site, rows_ptr, columns_ptr, out_ptr, R, C,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program draws one tile [ROWS, COLUMNS] of one sample."""
@@ -62,18 +86,36 @@ def uniform_kernel(
     row = tl.program_id(0).to(tl.int64) // tiles_c * ROWS
     column = tl.program_id(0) % tiles_c * COLUMNS
     sample = tl.program_id(1)
-    u = uniform_tile(sample_state(seed_ptr, site, sample), row, column, ROWS, COLUMNS)
+    state = sample_state(seed_ptr, site, sample)
+    u = draw_uniforms(state, rows_ptr, columns_ptr, row, column, R, C, ROWS, COLUMNS)
     store_tile(out_ptr + sample.to(tl.int64) * R * C, C, row, column, R, C, u, False)
 
 
-def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> Tensor:
+def uniform(
+    seed: Tensor,
+    site: int,
+    samples: int,
+    rows: int,
+    columns: int,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
+) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
     out = torch.empty(samples, rows, columns, device=seed.device)
 
     def run(tile: RowTile) -> None:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
         uniform_kernel[(tiles, samples)](
-            seed, site, out, rows, columns, ROWS=tile.rows, COLUMNS=tile.columns, **tile.launch(fp_fusion=False)
+            seed,
+            site,
+            row_numbers,
+            column_numbers,
+            out,
+            rows,
+            columns,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            **tile.launch(fp_fusion=False),
         )
 
     if out.numel():

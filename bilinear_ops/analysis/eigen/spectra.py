@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check_integers, check_layer
+from bilinear_ops._sharding import gathered, over_directions, sharded
 from bilinear_ops.analysis.eigen.eigensolvers import Solution, compress, extremes_first, plan, solve
 from bilinear_ops.analysis.eigen.gradient import differentiable
 from bilinear_ops.analysis.eigen.operators import product
+from bilinear_ops.analysis.progress import bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.results import Directions, coefficients
@@ -40,6 +42,7 @@ class EigenPairs(NamedTuple):
     next_abs: Tensor
 
 
+@sharded("K", over="K", w="h d", v="h d", c="K h", basis="d F")
 @_op.without_autocast
 def interaction_eigh(
     w: Tensor,
@@ -53,6 +56,7 @@ def interaction_eigh(
     tol: float = 1e-4,
     chunk_bytes: int = 1 << 28,
     progress: bool = False,
+    group: Any = None,
 ) -> EigenPairs:
     """The leading eigenpairs of Q_k = sum_h C_kh sym(w_h v_h^T), one matrix an output direction ([P] eq. 2-3).
 
@@ -71,7 +75,9 @@ def interaction_eigh(
             "dense" for directions that did not converge.
         tol: largest residual |Q u - lambda u| of a converged pair, relative to the largest |lambda| of its matrix.
         chunk_bytes: limit on the workspace; directions are solved in chunks of at least one.
-        progress: show a progress bar over the directions; needs tqdm.
+        progress: show a progress bar over the directions, of many ranks on the first; needs tqdm.
+        group: process group whose ranks all call with the same tensors: each does its share of the directions, and
+            every one gets the whole result. Directions sharded as DTensors leave the result sharded.
 
     Returns:
         `EigenPairs`: eigenvectors are rows, with the largest-magnitude component positive. The iterative method
@@ -101,6 +107,13 @@ def interaction_eigh(
     if not 0 <= n <= most:
         raise ValueError(f'n must be from 0 to {most} for {d} dimensions and which="{which}", got {n}')
 
+    if group is not None:
+        whole, shared = over_directions(group, w)
+        found = interaction_eigh(
+            whole(w), whole(v), shared(c), n, which=which, basis=whole(basis), method=method, tol=tol,
+            chunk_bytes=chunk_bytes, progress=progress,
+        )  # fmt: skip
+        return gathered(found)
     dtype = w.dtype
     w, v, basis = widen(w, v, basis)
     c = Directions(*widen(*c)) if isinstance(c, Directions) else widen(c)[0]
@@ -121,19 +134,13 @@ def interaction_eigh(
 
 def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tensor | Directions]:
     rows = c.u if isinstance(c, Directions) else c
-    bar = None
-    if progress:
-        try:
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
-        bar = tqdm(total=len(rows), unit="direction")
+    shown = bar(len(rows), "direction") if progress else None
     for part in rows.split(step):
         yield Directions(part, c.p) if isinstance(c, Directions) else part
-        if bar is not None:
-            bar.update(len(part))
-    if bar is not None:
-        bar.close()
+        if shown is not None:
+            shown.update(len(part))
+    if shown is not None:
+        shown.close()
 
 
 def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:

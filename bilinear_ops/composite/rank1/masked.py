@@ -85,7 +85,8 @@ def _blocks(masks: Masks, sample: int, slab: slice, columns: int) -> Iterator[tu
     blocks: Iterator[tuple[slice, Tensor | None]] = _source_blocks(masks.source, sample, slab, columns)
     if masks.seed is not None:
         state = sample_states(masks.seed, mask_site(masks.stream), masks.samples)[sample]
-        blocks = iter(uniform_blocks(state, slab.start, slab.stop, columns))
+        numbers = masks.row_numbers, masks.column_numbers
+        blocks = iter(uniform_blocks(state, slab.start, slab.stop, columns, *numbers))
     for rows, r in blocks:
         gates = _rows(masks.gates, rows)
         yield rows, gates.to(torch.promote_types(gates.dtype, torch.float32)), r

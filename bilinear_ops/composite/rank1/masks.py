@@ -50,35 +50,62 @@ def sample_states(seed: Tensor, site: int, samples: int) -> Tensor:
     return states
 
 
-def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> Tensor:
+def uniform(
+    seed: Tensor,
+    site: int,
+    samples: int,
+    rows: int,
+    columns: int,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
+) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
     out = torch.empty(samples, rows, columns, device=seed.device)
     for sample, state in zip(out, sample_states(seed, site, samples), strict=True):
-        for block, u in uniform_blocks(state, 0, rows, columns):
+        for block, u in uniform_blocks(state, 0, rows, columns, row_numbers, column_numbers):
             sample[block] = u
     return out
 
 
-def uniform_blocks(state: Tensor, start: int, stop: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+def uniform_blocks(
+    state: Tensor,
+    start: int,
+    stop: int,
+    columns: int,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
     """Rows start to stop of one sample, a few at a time: (their slice, float32 [rows, columns]).
 
-    Every block lies in the same memory, which the caller may write until it asks for the next one.
+    Where numbers of all rows or of the columns are given, the draws are those at these numbers. Every block lies in
+    the same memory, which the caller may write until it asks for the next one.
     """
-    pairs = (columns + 1) // 2
-    if pairs == 0:
+    if column_numbers is None:
+        words_a_row = (columns + 1) // 2
+        pairs = torch.arange(1, words_a_row + 1, device=state.device)
+    else:  # in any order, so a word each, of which one half is used
+        words_a_row = columns
+        pairs = column_numbers // 2 + 1
+    if words_a_row == 0:
         return
     block = BLOCK if state.device.type == "cpu" else DEVICE_BLOCK
-    height = min(max(block // pairs, 1), max(stop - start, 1))
-    offsets = torch.arange(1, pairs + 1, device=state.device) * GOLDEN + state  # [pairs]
-    words, scratch = torch.empty(2, height, pairs, dtype=torch.int64, device=state.device)
-    u = torch.empty(height, 2 * pairs, device=state.device)
+    height = min(max(block // words_a_row, 1), max(stop - start, 1))
+    offsets = pairs * GOLDEN + state  # [words]
+    words, scratch = torch.empty(2, height, words_a_row, dtype=torch.int64, device=state.device)
+    u = torch.empty(height, 2 * words_a_row if column_numbers is None else columns, device=state.device)
     for first in range(start, stop, height):
         n = min(height, stop - first)
-        row = (torch.arange(first, first + n, device=state.device) << PAIR_BITS) * GOLDEN
-        torch.add(row[:, None], offsets, out=words[:n])
+        if row_numbers is None:
+            row = torch.arange(first, first + n, device=state.device)
+        else:
+            row = row_numbers[first : first + n]
+        torch.add(((row << PAIR_BITS) * GOLDEN)[:, None], offsets, out=words[:n])
         _mix_(words[:n], scratch[:n])
+        if column_numbers is not None:  # the half of an odd column moves down
+            torch.bitwise_right_shift(words[:n], 32 * (column_numbers % 2), out=words[:n])
         torch.bitwise_right_shift(words[:n].view(torch.int32), 8, out=scratch[:n].view(torch.int32))
-        yield slice(first, first + n), u[:n].copy_(scratch[:n].view(torch.int32)).mul_(2.0**-24).add_(0.5)[:, :columns]
+        halves = scratch[:n].view(torch.int32)[:, :: 1 if column_numbers is None else 2]
+        yield slice(first, first + n), u[:n].copy_(halves).mul_(2.0**-24).add_(0.5)[:, :columns]
 
 
 def _mix_(words: Tensor, scratch: Tensor) -> None:

@@ -28,10 +28,12 @@ def stochastic_gated_mlp(
     target: Tensor | None = None,
     delta: Tensor | str | None = None,
     routing: Tensor | None = None,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
 ) -> Tensor:
     """sum_i (m_i - delta) hid_i p_i + delta * target + b_p, m = g + (1 - g) r, or target + b_p where not routed."""
     hid = gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta)
     return stochastic(
         hid, p.mT, gates, b_p, target, samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
-        stream=stream, source=source,
+        stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers,
     )  # fmt: skip

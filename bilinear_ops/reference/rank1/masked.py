@@ -41,13 +41,15 @@ def stochastic_rank1_linear(
     acts: Tensor | None = None,
     stream: int = 0,
     source: Tensor | None = None,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
 ) -> Tensor:
     """`rank1_linear` under `samples` masks g + (1 - g) r: -> [samples, ..., d_out]."""
     acts = x @ read if acts is None else acts
     original = None if weight is None else x @ weight.mT
     return stochastic(
         acts, write, gates, bias, original, samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
-        stream=stream, source=source,
+        stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers,
     )  # fmt: skip
 
 
@@ -65,15 +67,22 @@ def stochastic(
     routing: Tensor | None,
     stream: int,
     source: Tensor | None,
+    row_numbers: Tensor | None,
+    column_numbers: Tensor | None,
 ) -> Tensor:
     """`stochastic_rank1_linear` from acts = x R and original = x W^T."""
     gates = gates.expand(acts.shape)
     if source is not None:
         masks = gates + (1 - gates) * source
     else:
-        masks = stochastic_mask(gates, samples=samples, seed=seed, sampling=sampling, stream=stream)
+        masks = stochastic_mask(
+            gates, samples=samples, seed=seed, sampling=sampling, stream=stream, row_numbers=row_numbers,
+            column_numbers=column_numbers,
+        )  # fmt: skip
     if isinstance(delta, str):
-        delta = stochastic_delta(acts.shape[:-1], samples=samples, seed=seed, device=acts.device, stream=stream)
+        delta = stochastic_delta(
+            acts.shape[:-1], samples=samples, seed=seed, device=acts.device, stream=stream, row_numbers=row_numbers
+        )
     y = apply(acts, write, masks, bias, original, delta, routing)
     return y.expand(samples, *y.shape[-acts.dim() :])
 

@@ -16,22 +16,36 @@ from torch import Tensor
 
 
 def stochastic_mask(
-    gates: Tensor, *, samples: int = 1, seed: int | Tensor | None, sampling: str = "continuous", stream: int = 0
+    gates: Tensor,
+    *,
+    samples: int = 1,
+    seed: int | Tensor | None,
+    sampling: str = "continuous",
+    stream: int = 0,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
 ) -> Tensor:
     """g + (1 - g) r with r ~ U(0, 1), or Bernoulli(1/2) for "binomial": -> [samples, ..., C], fp32 or better."""
     gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
     rows = gates.shape[:-1].numel()
-    r = uniform(seed_tensor(seed, gates.device), 2 * stream, samples, rows, gates.shape[-1])
+    numbers = row_numbers, column_numbers
+    r = uniform(seed_tensor(seed, gates.device), 2 * stream, samples, rows, gates.shape[-1], *numbers)
     r = r.view(samples, *gates.shape)
     return torch.where(r >= 0.5, 1, gates) if sampling == "binomial" else gates + (1 - gates) * r
 
 
 def stochastic_delta(
-    shape: Any, *, samples: int = 1, seed: int | Tensor | None, device: Any = None, stream: int = 0
+    shape: Any,
+    *,
+    samples: int = 1,
+    seed: int | Tensor | None,
+    device: Any = None,
+    stream: int = 0,
+    row_numbers: Tensor | None = None,
 ) -> Tensor:
     """U(0, 1) for each sample and token, from a site of their own: -> fp32 [samples, *shape]."""
     rows = torch.Size(shape).numel()
-    return uniform(seed_tensor(seed, device), 2 * stream + 1, samples, rows, 1).view(samples, *shape)
+    return uniform(seed_tensor(seed, device), 2 * stream + 1, samples, rows, 1, row_numbers).view(samples, *shape)
 
 
 def subset_routing(sites: int, shape: Any, *, seed: int | Tensor | None, device: Any = None, stream: int = 0) -> Tensor:
@@ -62,13 +76,22 @@ MIX_2 = _signed(0x94D049BB133111EB)
 PAIR_BITS = 24
 
 
-def uniform(seed: Tensor, site: int, samples: int, rows: int, columns: int) -> Tensor:
+def uniform(
+    seed: Tensor,
+    site: int,
+    samples: int,
+    rows: int,
+    columns: int,
+    row_numbers: Tensor | None = None,
+    column_numbers: Tensor | None = None,
+) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
+    row = torch.arange(rows, device=seed.device) if row_numbers is None else row_numbers.reshape(rows)
+    column = torch.arange(columns, device=seed.device) if column_numbers is None else column_numbers
     states = sample_states(seed, site, samples)
-    row = torch.arange(rows, device=seed.device) << PAIR_BITS
-    pair = torch.arange(1, (columns + 1) // 2 + 1, device=seed.device)
-    words = mix(states[:, None, None] + (row[:, None] + pair) * GOLDEN)  # [samples, rows, pairs]
-    return unit(words.view(torch.int32))[..., :columns]
+    words = mix(states[:, None, None] + ((row << PAIR_BITS)[:, None] + column // 2 + 1) * GOLDEN)
+    low, high = words << 32 >> 32, words >> 32
+    return unit(torch.where(column % 2 == 1, high, low).to(torch.int32))
 
 
 def sample_states(seed: Tensor, site: int, samples: int) -> Tensor:
