@@ -10,7 +10,7 @@ NAMES = {
         active_interactions eigen_form interaction_diagonal interaction_entries interaction_matrices
         interaction_moments interaction_topk iter_interaction_matrices layer_inner neuron_gram pack_symmetric
         quadratic_form unpack_symmetric
-        gated_bilinear gated_mlp stochastic_gated_mlp
+        gate gated_bilinear gated_mlp gates stochastic_gated_mlp
         faithfulness_loss importance_minimality lower_leaky_hard_sigmoid rank1_accumulate rank1_linear rank1_sparse
         stochastic_delta stochastic_mask stochastic_rank1_linear upper_leaky_hard_sigmoid
         component_gates frequency_penalty pooled_faithfulness_loss smooth_l0 subset_routing
