@@ -11,6 +11,7 @@ from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import DTYPES, check
 from bilinear_ops._sharding import sharded
 from bilinear_ops.composite import gated as composite
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import ACTIVATIONS, Gate
 
 
@@ -21,8 +22,6 @@ class Numbers(NamedTuple):
     limit: float | Tensor | None = None
     offset: float | Tensor | None = None
 
-
-SMALL_ON_CPU = 1 << 28  # tokens x d x h up to which eager PyTorch is faster: by 15 % at 2^26, 5 % at 2^28; measured
 
 
 @sharded("... h", over="... h", x="... d", w="h d", v="h d", b_w="h", b_v="h", beta="", limit="", offset="")
@@ -196,7 +195,9 @@ def _rows(t: Tensor) -> Tensor:
 
 def _is_small(x: Tensor, w: Tensor) -> bool:
     """Whether eager PyTorch is faster on CPU: it keeps more, computes less again, and costs less to call."""
-    return x.device.type == "cpu" and x.numel() * w.shape[0] <= SMALL_ON_CPU and not torch.compiler.is_compiling()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.numel() * w.shape[0] <= limits.small_on_cpu
 
 
 def check_gate(activation: str, numbers: Numbers, like: Tensor) -> Numbers:

@@ -10,7 +10,7 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 import pytest
 import torch
 
-import bilinear_ops.gated
+from bilinear_ops.composite.limits import limits
 
 torch.set_num_threads(1)
 
@@ -50,7 +50,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.fixture(autouse=True)
 def _ops_even_where_eager_is_faster(monkeypatch):
     """The tests' layers are small: without this most would compare eager PyTorch with itself."""
-    monkeypatch.setattr(bilinear_ops.gated, "SMALL_ON_CPU", -1)
+    monkeypatch.setattr(limits, "small_on_cpu", -1)
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,17 @@ def _deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Blocks of a few elements, so that the loops of a small test run several times."""
+    sizes = {
+        "block": 12, "cached_bytes": 100, "gradient_bytes": 1, "gradient_rows": 3, "khatri_rao": 30, "pair_rows": 2,
+        "product": 12, "loop_max": 3, "scores": 24, "matrices": 110, "candidates": 2, "features": 0, "eigenvectors": 8,
+        "neurons": 2, "gram_neurons": 2, "draws": 6, "device_draws": 6, "slab": 24, "band": 10, "active_rows": 20,
+        "small_on_cpu": -1,
+    }  # fmt: skip
+    assert sizes.keys() == vars(limits).keys()
+    for name, size in sizes.items():
+        monkeypatch.setattr(limits, name, size)

@@ -539,7 +539,7 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
-    bilinear_ops.gated.SMALL_ON_CPU = -1  # the layers are small, and the ops are what is tested
+    limits.small_on_cpu = -1  # the layers are small, and the ops are what is tested
     for name in names or CASES:
         torch.manual_seed(0)
         CASES[name]() if name in CASES else failing()

@@ -7,6 +7,7 @@ from analysis_inputs import close, doubles, layer, tensor
 import bilinear_ops as bo
 from bilinear_ops import analysis
 from bilinear_ops.analysis import singular
+from bilinear_ops.composite.limits import limits
 
 
 def flattened(b, mode):
@@ -24,7 +25,7 @@ def graded(d, h, o, decades):
 @pytest.mark.parametrize("mode", singular.MODES)
 @pytest.mark.parametrize(("d", "h", "o"), [(1, 1, 1), (5, 17, 4), (3, 7, 13), (2, 12, 12), (9, 4, 3)])
 def test_hosvd(d, h, o, mode, tile, monkeypatch):
-    monkeypatch.setattr(singular, "TILE", tile)
+    monkeypatch.setattr(limits, "gram_neurons", tile)
     w, v, p = layer(d, h, o)
     b = flattened(tensor(w, v, p), mode)
     u, s, _ = torch.linalg.svd(b, full_matrices=False)
@@ -81,7 +82,7 @@ def test_hosvd_in_float32(mode):
 @pytest.mark.parametrize("mode", singular.MODES)
 @pytest.mark.parametrize("condition", [0, 2])  # from the Gram matrix and from the Cholesky factor
 def test_hosvd_gradients(mode, condition, monkeypatch):
-    monkeypatch.setattr(singular, "TILE", 4)
+    monkeypatch.setattr(limits, "gram_neurons", 4)
     monkeypatch.setattr(singular, "CONDITION", condition)
 
     def invariant(w, v, p):

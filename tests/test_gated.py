@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import randn
 
@@ -249,10 +250,10 @@ def test_small_layers_on_cpu_are_eager(monkeypatch):
     calls = []
     op = bo.gated.gated_op
     monkeypatch.setattr(bo.gated, "gated_op", lambda *args: calls.append(1) or op(*args))
-    monkeypatch.setattr(bo.gated, "SMALL_ON_CPU", 9 * 8 * 12)
+    monkeypatch.setattr(limits, "small_on_cpu", 9 * 8 * 12)
     assert torch.equal(bo.gated_mlp(*tensors), bo.reference.gated_mlp(*tensors)) and not calls
     bo.gated_mlp(*tensors, impl="torch")
     bo.gated_mlp(*tensors, recompute=True)
-    monkeypatch.setattr(bo.gated, "SMALL_ON_CPU", 9 * 8 * 12 - 1)
+    monkeypatch.setattr(limits, "small_on_cpu", 9 * 8 * 12 - 1)
     bo.gated_mlp(*tensors)
     assert len(calls) == 3

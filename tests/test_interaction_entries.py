@@ -5,6 +5,7 @@ import torch
 from interaction_inputs import SIZES, close, in_full, layer
 
 import bilinear_ops as bo
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.testing import assert_no_worse, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -31,7 +32,7 @@ def test_entries(size, n, factors):
 @pytest.mark.parametrize("F", [None, 3, 30])
 def test_entries_gradients(F, budget, monkeypatch):
     """Whole bases and gathered ones, in blocks and at once, repeated indices included."""
-    monkeypatch.setattr("bilinear_ops.composite.interaction.entries.BLOCK", budget)
+    monkeypatch.setattr(limits, "block", budget)
     w, v, c, basis = layer(2, 3, 4, F)
     k, i, j = torch.tensor([0, 1, 1, 1]), torch.tensor([2, 0, 0, 1]), torch.tensor([1, 2, 2, 1])
     tensors = tuple(t.requires_grad_() for t in (w, v, c) + (() if basis is None else (basis,)))

@@ -5,7 +5,7 @@ import torch
 
 import bilinear_ops as bo
 from bilinear_ops.composite import blockwise
-from bilinear_ops.composite.interaction import forms
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -30,7 +30,7 @@ def tensor(w, v, p):
     ("lead", "K", "d"), [((), 1, 1), ((5,), 3, 4), ((2, 3), 17, 2), ((0,), 3, 2), ((2,), 0, 2), ((2,), 3, 0)]
 )
 def test_quadratic_form(lead, K, d, budget, monkeypatch):
-    monkeypatch.setattr(forms, "BLOCK", budget)
+    monkeypatch.setattr(limits, "block", budget)
     x, q = doubles((*lead, d), (K, d, d))
     q = q + q.mT
     gold = torch.einsum("...i,kij,...j->...k", x, q, x)
@@ -54,7 +54,7 @@ SHAPES = {"sum": (), "cumsum": (3,), "none": (3,)}
 @pytest.mark.parametrize("budget", [1, 20, 1 << 21])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
 def test_eigen_form(lead, budget, reduce, monkeypatch):
-    monkeypatch.setattr(forms, "BLOCK", budget)
+    monkeypatch.setattr(limits, "block", budget)
     x, values, vectors = doubles((*lead, 4), (6, 3), (6, 3, 4))
     terms = values * torch.einsum("...d,krd->...kr", x, vectors) ** 2
     gold = {"sum": terms.sum(-1), "cumsum": terms.cumsum(-1), "none": terms}[reduce]
@@ -75,7 +75,7 @@ def test_eigen_form_is_the_quadratic_form():
 @pytest.mark.parametrize("N", [0, 1, 40])
 def test_eigen_form_pairs(N, budget, reduce, monkeypatch):
     """Blocks of one output, of several, outputs split in two, outputs without a pair and pairs that repeat."""
-    monkeypatch.setattr(forms, "GATHERED", budget)
+    monkeypatch.setattr(limits, "eigenvectors", budget)
     x, values, vectors = doubles((9, 4), (6, 3), (6, 3, 4))
     t, k = torch.randint(9, (N,)), torch.randint(5, (N,))
     k[: N // 2] = 2
@@ -87,8 +87,8 @@ def test_eigen_form_pairs(N, budget, reduce, monkeypatch):
 @pytest.mark.parametrize("pairs", [None, (torch.tensor([0, 1, 1, 0, 1]), torch.tensor([3, 0, 3, 3, 3]))])
 @pytest.mark.parametrize("budget", [8, 1 << 20])
 def test_eigen_form_gradients(pairs, budget, reduce, monkeypatch):
-    monkeypatch.setattr(forms, "BLOCK", budget)
-    monkeypatch.setattr(forms, "GATHERED", budget)
+    monkeypatch.setattr(limits, "block", budget)
+    monkeypatch.setattr(limits, "eigenvectors", budget)
     tensors = doubles((2, 3), (4, 2), (4, 2, 3), grad=True)
 
     def f(*tensors):

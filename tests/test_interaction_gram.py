@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bilinear_ops as bo
-from bilinear_ops.composite.interaction import gram
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -35,7 +35,7 @@ def test_neuron_gram(h, h2, d):
 
 
 def test_neuron_gram_is_symmetric_to_the_bit(monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK", 130 * 43)  # rows in blocks, where a library's products differ in the last bit
+    monkeypatch.setattr(limits, "block", 130 * 43)  # rows in blocks, where a library's products differ in the last bit
     w, v = randn(130, 65), randn(130, 65)
     own = bo.neuron_gram(w, v)
     assert torch.equal(own, own.t())
@@ -44,7 +44,7 @@ def test_neuron_gram_is_symmetric_to_the_bit(monkeypatch):
 @pytest.mark.parametrize("tile", [2, 1024])
 @pytest.mark.parametrize(("h1", "h2", "d", "o"), [(1, 1, 1, 1), (5, 7, 3, 4), (6, 4, 2, 1)])
 def test_layer_inner(h1, h2, d, o, tile, monkeypatch):
-    monkeypatch.setattr(gram, "TILE", tile)
+    monkeypatch.setattr(limits, "neurons", tile)
     first, second = doubles((h1, d), (h1, d), (o, h1)), doubles((h2, d), (h2, d), (o, h2))
     close(bo.layer_inner(*first, *second), (tensor(*first) * tensor(*second)).sum())
     w, v, p = first
@@ -54,8 +54,8 @@ def test_layer_inner(h1, h2, d, o, tile, monkeypatch):
 
 
 def test_gram_gradients(monkeypatch):
-    monkeypatch.setattr(gram, "TILE", 2)
-    monkeypatch.setattr(gram, "BLOCK", 4)
+    monkeypatch.setattr(limits, "neurons", 2)
+    monkeypatch.setattr(limits, "block", 4)
     first, second = doubles((3, 2), (3, 2), (2, 3), grad=True), doubles((4, 2), (4, 2), (2, 4), grad=True)
     for f, tensors in (
         (bo.layer_inner, first + second),

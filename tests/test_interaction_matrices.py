@@ -10,6 +10,7 @@ import torch
 
 import bilinear_ops as bo
 from bilinear_ops.composite.interaction import matrices as composite
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.testing import LAYOUTS, assert_no_worse, gradients, layout, randn, shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -77,7 +78,7 @@ def test_every_order_and_its_gradients(order, kind):
 
 def test_orders_are_the_ones_meant():
     assert not composite.two_stage(60, 20, 7) and composite.two_stage(60, 3, 7)
-    assert 5 <= composite.LOOP_MAX < 60
+    assert 5 <= limits.loop_max < 60
 
 
 def test_packed_gradient_gathers_the_full_one():

@@ -5,7 +5,7 @@ import torch
 from interaction_inputs import SIZES, close, in_full, layer
 
 import bilinear_ops as bo
-from bilinear_ops.composite.interaction import matrices, ranking
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import SCORES
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
@@ -30,8 +30,8 @@ def in_order(q, score, weight):
 @pytest.mark.parametrize("size", SIZES[:-1])
 def test_topk(size, score, tile, monkeypatch):
     """Small integers make many ties; a small tile makes many tiles."""
-    monkeypatch.setattr(ranking, "TILE", tile)
-    monkeypatch.setattr(ranking, "MATRICES", tile)
+    monkeypatch.setattr(limits, "scores", tile)
+    monkeypatch.setattr(limits, "matrices", tile)
     w, v, c, basis = (t if t is None else t.round() for t in layer(*size))
     q = in_full(w, v, c, basis)
     K, F = q.shape[:2]
@@ -56,8 +56,8 @@ def test_topk(size, score, tile, monkeypatch):
 @pytest.mark.parametrize("factors", [False, True])
 def test_topk_over_shared_tiles_of_pairs(factors, score, scope, product, monkeypatch):
     """Without a basis many outputs are ranked tile by tile of pairs, several tiles and groups of outputs here."""
-    monkeypatch.setattr(ranking, "PRODUCT", product)
-    monkeypatch.setattr(matrices, "TILE", 16 * 16 * 3)
+    monkeypatch.setattr(limits, "product", product)
+    monkeypatch.setattr(limits, "khatri_rao", 16 * 16 * 3)
     w, v, c, _ = layer(53, 37, 3, factors=factors)
     for weight in (None, torch.rand(37, 37, dtype=torch.float64)):
         got = bo.interaction_topk(w, v, c, 5, score=score, scope=scope, weight=weight)
@@ -124,7 +124,7 @@ def test_topk_in_low_precision(dtype):
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_moments(size, factors, tile, monkeypatch):
-    monkeypatch.setattr(ranking, "TILE", tile)
+    monkeypatch.setattr(limits, "scores", tile)
     w, v, c, basis = layer(*size, factors=factors)
     entries = bo.pack_symmetric(in_full(w, v, c, basis))
     moments = bo.interaction_moments(w, v, c, basis=basis)

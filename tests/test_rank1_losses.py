@@ -5,6 +5,7 @@ import torch
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import losses as composite
 from bilinear_ops.kernels.rank1 import losses as kernels
 from bilinear_ops.testing import randn
@@ -22,7 +23,7 @@ def decomposition(d_out, d_in, c, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", MANY_SIZES)
 @pytest.mark.parametrize("shape", list(testing.shapes("d_out d_in c", mixed=4)))
 def test_faithfulness(shape, dtype, impl, monkeypatch):
-    monkeypatch.setattr(composite, "BAND", 1000)  # several bands
+    monkeypatch.setattr(limits, "band", 1000)  # several bands
     tensors = decomposition(**shape, dtype=dtype)
     ours = testing.gradients(lambda *t: bo.faithfulness_loss(*t, impl=impl), tensors, torch.ones(()))
     eager = testing.gradients(bo.reference.faithfulness_loss, tensors, torch.ones(()))
@@ -75,7 +76,7 @@ def test_faithfulness_opcheck(impl):
 @pytest.mark.parametrize("module", (composite, kernels))
 def test_faithfulness_holds_no_difference(module, monkeypatch):
     """Nothing of the weight's size is allocated on the way to the loss, and nothing written outside."""
-    monkeypatch.setattr(composite, "BAND", 1000)
+    monkeypatch.setattr(limits, "band", 1000)
     tensors = [testing.guarded(t) for t in decomposition(70, 60, 5)]
     with testing.GuardedAllocations() as allocations:
         loss = module.squared_difference(*tensors)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import masked as composite
 from bilinear_ops.kernels.rank1 import masked as kernels
 from bilinear_ops.testing import randn
@@ -252,7 +253,7 @@ def test_slabs_and_blocks_change_nothing(monkeypatch):
     tensors = {**inputs(30, 12, 8, 4), "gates": torch.rand(15, 12)}
     tensors["x"] = tensors["x"].view(2, 15, 8)
     whole = bo.stochastic_rank1_linear(**tensors, samples=2, seed=3, delta="uniform")
-    monkeypatch.setattr(composite, "SLAB", 12 * 4)
+    monkeypatch.setattr(limits, "slab", 12 * 4)
     torch.testing.assert_close(bo.stochastic_rank1_linear(**tensors, samples=2, seed=3, delta="uniform"), whole)
     assert_right(stochastic, tensors, "torch", samples=2, seed=3, delta="uniform")
 

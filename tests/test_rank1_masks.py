@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import reference
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import masks as composite
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels.rank1 import masks as kernels
@@ -50,7 +51,7 @@ def test_exact(draw, seed):
 def test_same_for_every_tile(shape, monkeypatch):
     expected = reference.rank1.masks.uniform(torch.tensor(5), 0, 2, *shape)
     for block in (1, 100, 1 << 15):
-        monkeypatch.setattr(composite, "BLOCK", block)
+        monkeypatch.setattr(limits, "draws", block)
         assert torch.equal(composite.uniform(torch.tensor(5), 0, 2, *shape), expected)
     for tile in (config.RowTile(16, 128, 4), config.RowTile(32, 16, 4), config.RowTile(64, 64, 4)):
         with tuning.using(uniform_kernel=tile):

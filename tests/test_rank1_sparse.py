@@ -6,6 +6,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import sparse as composite
 from bilinear_ops.kernels.rank1 import sparse as kernels
 from bilinear_ops.testing import randn
@@ -22,7 +23,7 @@ def way(request, monkeypatch):
     for module in (composite, kernels):
         monkeypatch.setattr(module, "GATHER_COST", cost)
     monkeypatch.setattr(composite, "COPY_COST", 0)
-    monkeypatch.setattr(composite, "CHUNK", 64)
+    monkeypatch.setattr(limits, "active_rows", 64)
 
 
 def inputs(tokens: int, k: int, c: int, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

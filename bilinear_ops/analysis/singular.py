@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bilinear_ops._check import check, check_integers
 from bilinear_ops.composite.blockwise import recompute
+from bilinear_ops.composite.interaction.gram import neuron_tiles
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.interaction.gram import neuron_gram
 
 MODES = ("output", "input")
-TILE = 512  # neurons on each side of a tile of the Gram matrices
 CONDITION = 1e-4  # ratio of singular values below which their squares lose too many digits of float64
 
 
@@ -78,7 +79,7 @@ def fix_signs(vectors: Tensor) -> Tensor:
 
 def _output_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
     """P Kern P^T [o, o] with Kern the neurons' Gram matrix, by pairs of tiles; Kern is symmetric."""
-    tiles = list(zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True))
+    tiles = list(neuron_tiles(w, v, p, limits.gram_neurons))
     gram = p.new_zeros(p.shape[0], p.shape[0])
     for i, (w1, v1, p1) in enumerate(tiles):
         gram = gram + recompute(_output_tile, w1, v1, p1, w1, v1, p1)
@@ -95,7 +96,7 @@ def _output_tile(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2:
 def _input_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
     """sum_oj B_oij B_oi'j [d, d], a tile of neurons against all neurons at a time."""
     gram = w.new_zeros(w.shape[1], w.shape[1])
-    for w1, v1, p1 in zip(w.split(TILE), v.split(TILE), p.split(TILE, 1), strict=True):
+    for w1, v1, p1 in neuron_tiles(w, v, p, limits.gram_neurons):
         gram = gram + recompute(_input_tile, w1, v1, p1, w, v, p)
     return gram
 

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 21  # elements of the largest intermediate of a block: 8 MB in fp32
+from bilinear_ops.composite.limits import limits
 
 
-def blocks(total: int, per_item: int, budget: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Ranges that cover 0:total, of as many items as fit the budget at `per_item` elements each, but at least one."""
-    step = max(1, budget // max(1, per_item))
+def blocks(total: int, per_item: int, budget: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges that cover 0:total, of `items_per_block` items each but the last."""
+    step = items_per_block(per_item, budget)
     for start in range(0, total, step):
         yield start, min(start + step, total)
+
+
+def items_per_block(per_item: int, budget: int | None = None) -> int:
+    """As many items as fit the budget at `per_item` elements each, but at least one; without it `limits.block`."""
+    return max(1, (limits.block if budget is None else budget) // max(1, per_item))
 
 
 def recompute(f: Callable[..., Tensor], *args: Any) -> Tensor:

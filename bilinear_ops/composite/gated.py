@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilinear_ops.composite.blockwise import blocks
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import Gate
 
 aten = torch.ops.aten
@@ -31,10 +33,6 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu_bounded": lambda z: torch.tanh(z / 4).mul_(torch.sigmoid(z)).mul_(4),
 }
 
-CACHED_BYTES = 1 << 20  # of each matrix in a block of rows: several fit the last-level cache, and blocks are few
-
-BLOCK_BYTES = 8 << 20  # of [da | dz] in a block of the backward's rows: an allocator uses such a block again and again
-
 
 def row_blocks(x: Tensor, h: int) -> list[slice]:
     """Rows of x for which the backward is computed at a time; on CPU few, so that its temporaries stay small.
@@ -42,10 +40,10 @@ def row_blocks(x: Tensor, h: int) -> list[slice]:
     All in half precision: there every block would round the sums over rows once more.
     """
     m = x.shape[0]
-    rows = max(BLOCK_BYTES // max(2 * h * x.itemsize, 1), 128) * torch.get_num_threads()
+    rows = max(limits.gradient_bytes // max(2 * h * x.itemsize, 1), limits.gradient_rows) * torch.get_num_threads()
     if m <= rows or x.itemsize < 4 or x.device.type != "cpu":
         return [slice(0, m)]
-    return [slice(start, start + rows) for start in range(0, m, rows)]
+    return [slice(a, b) for a, b in blocks(m, 1, rows)]
 
 
 def gate_forward(
@@ -150,10 +148,10 @@ def _bounds_backward_(da: Tensor, dz: Tensor, a: Tensor, z: Tensor, gate_of: Gat
 def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The matrices in blocks of rows; on CPU blocks that stay in cache from one elementwise pass to the next."""
     m, h = tensors[0].shape
-    rows = max(CACHED_BYTES // max(h * tensors[0].itemsize, 1), 1)
+    rows = max(limits.cached_bytes // max(h * tensors[0].itemsize, 1), 1)
     if m <= rows or tensors[0].device.type != "cpu":
         return (tensors,)
-    return zip(*(t.split(rows) for t in tensors), strict=True)
+    return (tuple(t[a:b] for t in tensors) for a, b in blocks(m, 1, rows))
 
 
 def _activate(z: Tensor, beta: Tensor | None, activation: str) -> Tensor:

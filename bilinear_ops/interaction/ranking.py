@@ -15,7 +15,7 @@ from bilinear_ops._check import check, check_layer
 from bilinear_ops._sharding import gathered, is_sharded, over_directions, sharded
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.composite.interaction import ranking as composite
-from bilinear_ops.composite.interaction.matrices import LOOP_MAX
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.interaction.entries import interaction_entries
 from bilinear_ops.interaction.matrices import factors
 from bilinear_ops.interaction.matrices import forward as interaction_matrices
@@ -30,7 +30,8 @@ from bilinear_ops.results import (
 # Branches without a kernel.
 ONLY_DIAGONALS = 'interaction_topk with score="self" reads diagonals, which no kernel computes'
 SHARED_TILES = (
-    f"interaction_topk of more than {LOOP_MAX} outputs without a basis ranks tiles of pairs, which no kernel computes"
+    f"interaction_topk of more than {limits.loop_max} outputs without a basis ranks tiles of pairs, "
+    "which no kernel computes"
 )
 
 

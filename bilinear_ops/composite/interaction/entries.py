@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.blockwise import BLOCK, blocks, recompute, widen
+from bilinear_ops.composite.blockwise import blocks, recompute, widen
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import ActiveInteractions, Directions, coefficients
-
-FEATURES = 16 * BLOCK  # elements up to which W D [h, F] is formed whole rather than row by row
 
 
 def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, basis: Tensor | None) -> Tensor:
@@ -18,9 +17,9 @@ def interaction_diagonal(w: Tensor, v: Tensor, c: Tensor | Directions, basis: Te
     u, p = widen(*c) if isinstance(c, Directions) else (None, *widen(c))
     if basis is None:
         return _contract(w * v, p, u).to(dtype)
-    width = max(1, BLOCK // max(1, w.shape[0]))
-    parts = [recompute(_diagonal_block, w, v, part, p, u) for part in basis.split(width, 1)]
-    return torch.cat(parts, 1).to(dtype)
+    ranges = blocks(basis.shape[1], w.shape[0])
+    parts = [recompute(_diagonal_block, w, v, basis[:, a:b], p, u) for a, b in ranges]
+    return (torch.cat(parts, 1) if parts else _diagonal_block(w, v, basis, p, u)).to(dtype)
 
 
 def _diagonal_block(w: Tensor, v: Tensor, basis: Tensor, p: Tensor, u: Tensor | None) -> Tensor:
@@ -37,14 +36,14 @@ def interaction_entries(
     """1/2 sum_h C_kh (W_hi V_hj + W_hj V_hi) at index vectors [N] -> [N], summed in fp32 or better."""
     dtype = w.dtype
     w, v, rows, basis = widen(w, v, coefficients(c), basis)
-    if basis is not None and basis.shape[1] <= k.shape[0] and w.shape[0] * basis.shape[1] <= FEATURES:
+    if basis is not None and basis.shape[1] <= k.shape[0] and w.shape[0] * basis.shape[1] <= limits.features:
         w, v, basis = w @ basis, v @ basis, None
     if basis is None:
         wt, vt, features = w.t().contiguous(), v.t().contiguous(), None  # a gathered row is contiguous
     else:
         wt, vt, features = w.t(), v.t(), basis.t().contiguous()
     # a block's gradient is as large as the weights, so a block should be too
-    budget = max(BLOCK, w.numel())
+    budget = max(limits.block, w.numel())
     ranges = blocks(k.shape[0], 5 * w.shape[0], budget)
     parts = [recompute(_entries_block, wt, vt, rows, features, k[a:b], i[a:b], j[a:b]) for a, b in ranges]
     return torch.cat(parts).to(dtype) if parts else _entries_block(wt, vt, rows, features, k, i, j).to(dtype)
@@ -77,7 +76,7 @@ def active_interactions(
     p, q = torch.triu_indices(active, active, device=w.device)
     scale = torch.where(p == q, 0.5, 1.0).to(w.dtype)  # w_i v_i is counted twice in w_i v_j + w_j v_i
     h, features = w.shape[0], basis.shape[1]
-    if features <= in_indices.numel() and h * features <= FEATURES:
+    if features <= in_indices.numel() and h * features <= limits.features:
         rows: tuple[Tensor, ...] = ((w @ basis).t().contiguous(), (v @ basis).t().contiguous())
     else:
         rows = (basis.t().contiguous(), w.t(), v.t())

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.blockwise import BLOCK, recompute, widen
+from bilinear_ops.composite.blockwise import blocks, items_per_block, recompute, widen
 from bilinear_ops.composite.interaction.matrices import unpack_symmetric
-
-GATHERED = 1 << 20  # elements of the eigenvectors gathered at a time: 4 MB in fp32, which stays in the cache
+from bilinear_ops.composite.limits import limits
 
 
 def quadratic_form(x: Tensor, q: Tensor) -> Tensor:
@@ -58,12 +57,15 @@ def _eigen_terms(x: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
 
 def _blockwise(f, x: Tensor, width: int, *per_output: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
     """f over blocks of x's rows and of outputs such that rows * outputs * width stays within the block."""
-    rows = max(1, min(x.shape[0], BLOCK // max(1, width)))
-    outputs = max(1, BLOCK // max(1, rows * width))
-    split = [t.split(outputs) for t in per_output]
-    return torch.cat(
-        [torch.cat([recompute(f, part, *ts) for ts in zip(*split, strict=True)], 1) for part in x.split(rows)]
-    )
+    outputs = per_output[0].shape[0]
+    if not x.shape[0] or not outputs:
+        return f(x, *per_output)
+    per_column = min(x.shape[0], items_per_block(width)) * width
+    strips = []
+    for a, b in blocks(x.shape[0], width):
+        columns = blocks(outputs, per_column)
+        strips.append(torch.cat([recompute(f, x[a:b], *(t[i:j] for t in per_output)) for i, j in columns], 1))
+    return torch.cat(strips)
 
 
 def eigen_pairs(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor, reduce: str) -> Tensor:
@@ -114,7 +116,7 @@ def _activations(x: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Iterator[t
     _, r, d = vectors.shape
     if k.numel() == 0:
         return
-    most = max(1, GATHERED // max(1, d))
+    most = items_per_block(d, limits.eigenvectors)
     order = k.argsort(stable=True)
     _, group, count = k[order].unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(k.numel(), device=k.device) - (count.cumsum(0) - count)[group]
@@ -123,10 +125,10 @@ def _activations(x: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Iterator[t
     by_count = count.argsort(stable=True)
     start, count = start[by_count], count[by_count]
     sizes, done = count.tolist(), 0
-    space = vectors.new_empty(GATHERED + r * d)
+    space = vectors.new_empty(limits.eigenvectors + r * d)
     while done < len(sizes):
-        stop = done + max(1, min(len(sizes) - done, GATHERED // max(1, r * d)))
-        while stop > done + 1 and (stop - done) * sizes[stop - 1] * (d + r) > 2 * GATHERED:
+        stop = done + min(len(sizes) - done, items_per_block(r * d, limits.eigenvectors))
+        while stop > done + 1 and (stop - done) * sizes[stop - 1] * (d + r) > 2 * limits.eigenvectors:
             stop = done + (stop - done) // 2
         slot = torch.arange(sizes[stop - 1], device=k.device)  # [m]
         valid = slot < count[done:stop, None]

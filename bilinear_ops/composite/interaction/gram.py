@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.blockwise import BLOCK, recompute, widen
-
-TILE = 1024  # neurons on each side of a tile of `layer_inner`
+from bilinear_ops.composite.blockwise import blocks, recompute, widen
+from bilinear_ops.composite.limits import limits
 
 
 def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None, v2: Tensor | None) -> Tensor:
@@ -15,9 +16,8 @@ def neuron_gram(w: Tensor, v: Tensor, w2: Tensor | None, v2: Tensor | None) -> T
     dtype = w.dtype
     w, v, w2, v2 = widen(w, v, w2, v2)
     other = (w if w2 is None else w2, v if v2 is None else v2)
-    step = max(1, BLOCK // max(1, other[0].shape[0]))
-    parts = [recompute(_products, a, b, *other) for a, b in zip(w.split(step), v.split(step), strict=True)]
-    gram = torch.cat(parts)
+    parts = [recompute(_products, w[a:b], v[a:b], *other) for a, b in blocks(w.shape[0], other[0].shape[0])]
+    gram = torch.cat(parts) if parts else _products(w, v, *other)
     if w2 is None and v2 is None:
         gram = 0.5 * (gram + gram.t())  # a library GEMM need not be symmetric in the last bit
     return gram.to(dtype)
@@ -32,10 +32,15 @@ def layer_inner(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: 
     """sum (P1^T P2) * neuron_gram, no [h1, h2] array in memory; tiles are added up in float64."""
     dtype = w1.dtype
     w1, v1, p1, w2, v2, p2 = widen(w1, v1, p1, w2, v2, p2)
-    first = zip(w1.split(TILE), v1.split(TILE), p1.split(TILE, 1), strict=True)
-    second = list(zip(w2.split(TILE), v2.split(TILE), p2.split(TILE, 1), strict=True))
+    first, second = (list(neuron_tiles(*layer, limits.neurons)) for layer in ((w1, v1, p1), (w2, v2, p2)))
     tiles = [recompute(_inner_tile, *a, *b) for a in first for b in second]
-    return torch.stack(tiles).double().sum().to(dtype)
+    return torch.stack(tiles or [_inner_tile(w1, v1, p1, w2, v2, p2)]).double().sum().to(dtype)
+
+
+def neuron_tiles(w: Tensor, v: Tensor, p: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The layer of some neurons after another, `size` of them at a time."""
+    for a, b in blocks(w.shape[0], 1, size):
+        yield w[a:b], v[a:b], p[:, a:b]
 
 
 def _inner_tile(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2: Tensor) -> Tensor:

@@ -15,12 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.blockwise import blocks, widen
-
-TILE = 1 << 20  # elements of S formed at a time: 4 MB in fp32, small enough to stay in the last-level cache
-ROWS = 16  # rows of a tile of pairs: fewer waste less on the diagonal, more make longer runs in the mirrored store
-PRODUCT = 4 * TILE  # elements of C S formed at a time
-LOOP_MAX = 48  # the most directions for which one at a time is the faster order: 32 to 64 at d = 64 to 512
+from bilinear_ops.composite.blockwise import blocks, items_per_block, widen
+from bilinear_ops.composite.limits import limits
 
 
 def interaction_matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, packed: bool) -> Tensor:
@@ -33,7 +29,7 @@ def interaction_matrices(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, pack
     w, v, c, u = widen(w, v, c, u)
     if u is not None and not two_stage(outputs, *c.shape):
         c, u = u @ c, None
-    if u is None and outputs <= LOOP_MAX:
+    if u is None and outputs <= limits.loop_max:
         _one_by_one(w, v, c, q)
     else:
         _by_pairs(w, v, c, u, q)
@@ -65,7 +61,7 @@ def interaction_matrices_backward(
         factors, c, u = (u, c), u @ c, None
     if w.numel() == 0:
         dw, dv, dc, du = (torch.zeros_like(w if t is None else t) for t in (w, v, c, u))
-    elif u is None and dq.shape[0] <= LOOP_MAX:
+    elif u is None and dq.shape[0] <= limits.loop_max:
         dw, dv, dc = _one_by_one_backward(dq, w, v, c, need)
         du = dc.new_empty(0)
     else:
@@ -81,7 +77,7 @@ def interaction_matrices_backward(
 
 def two_stage(outputs: int, o: int, h: int) -> bool:
     """Whether applying u [K, o] after p [o, h] is cheaper than forming u p."""
-    return outputs > LOOP_MAX and o * (h + outputs) < outputs * h
+    return outputs > limits.loop_max and o * (h + outputs) < outputs * h
 
 
 def workspace(outputs: int, o: int, packed: bool, w: Tensor) -> int:
@@ -90,16 +86,16 @@ def workspace(outputs: int, o: int, packed: bool, w: Tensor) -> int:
     copies = 2 * h * d + (2 * h * d + (o or outputs) * h + outputs * o if half else 0)
     if o and not two_stage(outputs, o, h):
         copies += outputs * h
-    if outputs <= LOOP_MAX:
-        return copies + (1 + packed * min(outputs, _packing_group(d))) * d * d
+    if outputs <= limits.loop_max:
+        return copies + (1 + packed * min(outputs, items_per_block(d * d, limits.khatri_rao))) * d * d
     rows, columns = tile_shape(w)
-    return copies + rows * columns * (h + o) + 2 * min(rows * columns * outputs, max(rows * columns, PRODUCT))
+    return copies + rows * columns * (h + o) + 2 * min(rows * columns * outputs, max(rows * columns, limits.product))
 
 
 def tile_shape(w: Tensor) -> tuple[int, int]:
     """Rows and columns of a tile of pairs whose S fits; a GPU has no such cache, but wants few and large GEMMs."""
     h, d = w.shape
-    rows, elements = min(ROWS, d), TILE if w.device.type == "cpu" else 32 * TILE
+    rows, elements = min(limits.pair_rows, d), limits.khatri_rao * (1 if w.device.type == "cpu" else 32)
     return rows, min(d, max(rows, elements // max(1, rows * h)))
 
 
@@ -107,20 +103,20 @@ def pair_tiles(w: Tensor) -> Iterator[tuple[int, int, int, int]]:
     """Rectangles i0:i1 x j0:j1 that cover the pairs i <= j: with i0 == j0 from the diagonal on, others above it."""
     d = w.shape[1]
     rows, columns = tile_shape(w)
-    for i in range(0, d, rows):
-        for j in range(i, d, columns):
-            yield i, min(i + rows, d), j, min(j + columns, d)
+    for i0, i1 in blocks(d, 1, rows):
+        for a, b in blocks(d - i0, 1, columns):
+            yield i0, i1, i0 + a, i0 + b
 
 
 def _one_by_one(w: Tensor, v: Tensor, c: Tensor, q: Tensor) -> None:
     h, d = w.shape
     half = 0.5 * w.t()
     scaled, m = torch.empty_like(v), w.new_empty(d, d)
-    group = max(1, c.shape[0]) if q.dim() == 3 else _packing_group(d)
-    for start in range(0, c.shape[0], group):
-        chunk = q[start : start + group]
+    # matrices to be packed in groups: one copy for each row of them all
+    for first, last in blocks(c.shape[0], d * d, limits.khatri_rao):
+        chunk = q[first:last]
         full = chunk if q.dim() == 3 else w.new_empty(chunk.shape[0], d, d)
-        for row, matrix in zip(c[start : start + group], full, strict=True):
+        for row, matrix in zip(c[first:last], full, strict=True):
             torch.mul(v, row.unsqueeze(1), out=scaled)
             torch.mm(half, scaled, out=m)
             torch.add(m, m.t(), out=matrix)  # a sum commutes: bitwise equal to its transpose
@@ -134,14 +130,13 @@ def _one_by_one_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, need: list
     need_w, need_v, need_c = need[0], need[1], any(need[2:])
     d = w.shape[1]
     dw, dv, dc = torch.zeros_like(w), torch.zeros_like(v), torch.zeros_like(c)
-    group = max(1, c.shape[0]) if dq.dim() == 3 else _packing_group(d)
-    for start in range(0, c.shape[0], group):
-        full = chunk = dq[start : start + group]
+    for first, last in blocks(c.shape[0], d * d, limits.khatri_rao):
+        full = chunk = dq[first:last]
         if dq.dim() == 2:
             full = w.new_zeros(chunk.shape[0], d, d)
             for i, (a, b) in enumerate(_packed_rows(d)):
                 full[:, i, i:] = chunk[:, a:b]
-        for k, g in enumerate(full, start):
+        for k, g in enumerate(full, first):
             g = (0.5 * (g + g.t())).to(w.dtype)
             if need_w or need_c:
                 vg = v @ g
@@ -150,11 +145,6 @@ def _one_by_one_backward(dq: Tensor, w: Tensor, v: Tensor, c: Tensor, need: list
             if need_v:
                 dv.addcmul_(w @ g, c[k].unsqueeze(1))
     return dw, dv, dc
-
-
-def _packing_group(d: int) -> int:
-    """Full matrices packed at a time: one copy for each row of them all."""
-    return max(1, TILE // max(1, d * d))
 
 
 def _packed_rows(d: int) -> Iterator[tuple[int, int]]:
@@ -178,11 +168,11 @@ def products(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None) -> Iterator[tupl
     """
     wt, vt = 0.5 * w.t().contiguous(), v.t().contiguous()  # [d, h]
     outputs, (rows, columns) = (c if u is None else u).shape[0], tile_shape(w)
-    space, product = _space(w), w.new_empty(min(rows * columns * outputs, max(rows * columns, PRODUCT)))
+    space, product = _space(w), w.new_empty(min(rows * columns * outputs, max(rows * columns, limits.product)))
     for i0, i1, j0, j1 in pair_tiles(w):
         s = _khatri_rao(wt, vt, i0, i1, j0, j1, space)
         left, right = (c, s.t()) if u is None else (u, c @ s.t())
-        for a, b in blocks(outputs, s.shape[0], PRODUCT):
+        for a, b in blocks(outputs, s.shape[0], limits.product):
             entries = product[: (b - a) * s.shape[0]].view(b - a, -1)
             torch.mm(left[a:b], right, out=entries)
             yield a, b, i0, j0, entries.unflatten(1, (i1 - i0, j1 - j0))
@@ -255,7 +245,7 @@ def _by_pairs_backward(
             ds.zero_()
         else:
             stage, dstage = s @ c.t(), s.new_zeros(s.shape[0], c.shape[0])  # [pairs, o]
-        for a, b in blocks(dq.shape[0], s.shape[0], PRODUCT):
+        for a, b in blocks(dq.shape[0], s.shape[0], limits.product):
             g = _load(dq[a:b], i0, i1, j0, j1, d).to(s.dtype)
             if u is not None:
                 du[a:b].addmm_(g, stage)

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from bilinear_ops.composite.blockwise import blocks, widen
 from bilinear_ops.composite.interaction.entries import interaction_diagonal
-from bilinear_ops.composite.interaction.matrices import LOOP_MAX, PRODUCT, products, tile_shape, two_stage
-
-TILE = 1 << 21  # elements of a tile of scores: 8 MB in fp32
-MATRICES = 1 << 24  # elements of the interaction matrices held at a time: 64 MB in fp32
+from bilinear_ops.composite.interaction.matrices import products, tile_shape, two_stage
+from bilinear_ops.composite.limits import limits
 
 Matrices = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 Weight = Tensor | Callable[[int], Tensor] | None
@@ -109,15 +107,15 @@ def _matrix_chunks(
     w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, matrices: Matrices
 ) -> Iterator[tuple[int, int, Tensor]]:
     outputs, d = (c if u is None else u).shape[0], w.shape[1]
-    for a, b in blocks(outputs, d * d, MATRICES):
+    for a, b in blocks(outputs, d * d, limits.matrices):
         yield a, b, matrices(w, v, c[a:b], None, False) if u is None else matrices(w, v, c, u[a:b], False)
 
 
 def _tiles(q: Tensor, basis: Tensor | None) -> Iterator[tuple[int, int, int, Tensor]]:
     """(first and last output, first column, tile [m, j, i]) with i up to the tile's last column: every pair i <= j."""
     features = q.shape[2] if basis is None else basis.shape[1]
-    for a, b in blocks(q.shape[0], features * features, TILE):
-        for j0, j1 in blocks(features, (b - a) * features, TILE):
+    for a, b in blocks(q.shape[0], features * features, limits.scores):
+        for j0, j1 in blocks(features, (b - a) * features, limits.scores):
             if basis is None:
                 yield a, b, j0, q[a:b, j0:j1, :j1]
             else:
@@ -132,25 +130,25 @@ def _score_tiles(
     outputs = (c if u is None else u).shape[0]
     features = (w if basis is None else basis).shape[1]
     if score == "self":
-        for a, b in blocks(outputs, features, TILE):
+        for a, b in blocks(outputs, features, limits.scores):
             part = c[a:b] if u is None else u[a:b] @ c
             yield b - a, iter([_Tile(interaction_diagonal(w, v, part, basis).unsqueeze(2), a, 0, 0)])
     elif w.numel() and not forms_matrices(outputs, basis, score):
         if u is not None and not two_stage(outputs, *c.shape):
             c, u = u @ c, None
         rows, columns = tile_shape(w)
-        for a, b in blocks(outputs, rows * columns, PRODUCT):  # one product for each tile of pairs
+        for a, b in blocks(outputs, rows * columns, limits.product):  # one product for each tile of pairs
             tiles = products(w, v, c[a:b], None) if u is None else products(w, v, c, u[a:b])
             yield b - a, (_Tile(t, k + first, i, j, upper=True) for first, _, i, j, t in tiles for k in (a,))
     else:
         for start, _, q in _matrix_chunks(w, v, c, u, matrices):
-            for a, b in blocks(q.shape[0], features * features, TILE):
+            for a, b in blocks(q.shape[0], features * features, limits.scores):
                 yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
 
 
 def forms_matrices(outputs: int, basis: Tensor | None, score: str) -> bool:
     """Whether a ranking forms interaction matrices: not for diagonals, nor for tiles of pairs that outputs share."""
-    return score != "self" and (basis is not None or outputs <= LOOP_MAX)
+    return score != "self" and (basis is not None or outputs <= limits.loop_max)
 
 
 def _rank(tile: _Tile, weight: Tensor | None, score: str, space: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +217,7 @@ class _Best:
         key = ((m + tile.k) * self.features + i) * self.features + j
         group = m if self.groups > 1 else torch.zeros_like(m)
         self.pending.append((tile.entries[m, r, s], candidates[row, s], key, group))
-        if sum(part[0].numel() for part in self.pending) >= max(4096, self.groups * self.n):
+        if sum(part[0].numel() for part in self.pending) >= max(limits.candidates, self.groups * self.n):
             self.merge()
 
     def merge(self) -> None:

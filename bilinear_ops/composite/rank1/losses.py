@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# elements of the residual held at a time: 4 MiB in fp32
-BAND = 1 << 20
+from bilinear_ops.composite.blockwise import blocks, items_per_block
+from bilinear_ops.composite.limits import limits
 
 
 def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ def _residuals(weight: Tensor, read: Tensor, write: Tensor) -> Iterator[tuple[sl
     wide = torch.promote_types(weight.dtype, torch.float32)
     read, write = read.to(wide), write.to(wide)
     rows, d_in = weight.shape
-    height = min(max(BAND // max(d_in, 1), 1), max(rows, 1))
+    height = min(items_per_block(d_in, limits.band), max(rows, 1))
     buffer = torch.empty(height, d_in, dtype=wide, device=weight.device)
-    for first in range(0, rows, height):
-        band = slice(first, min(first + height, rows))
-        residual = buffer[: band.stop - first].copy_(weight[band])
+    for a, b in blocks(rows, d_in, limits.band):
+        band = slice(a, b)
+        residual = buffer[: b - a].copy_(weight[band])
         yield band, residual.addmm_(write[:, band].t(), read.t(), alpha=-1)

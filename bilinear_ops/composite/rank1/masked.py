@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.rank1.masks import BLOCK, blend, mask_site, sample_states, uniform_blocks
+from bilinear_ops.composite.blockwise import blocks
+from bilinear_ops.composite.limits import limits
+from bilinear_ops.composite.rank1.masks import blend, mask_site, sample_states, uniform_blocks
 from bilinear_ops.results import Masks
-
-# elements of the masked activations held at a time: 16 MiB in fp32, tall enough for the library's GEMM at any C
-SLAB = 1 << 22
 
 
 def masked_apply(y: Tensor, acts: Tensor, write: Tensor, masks: Masks, beta: float) -> None:
@@ -74,20 +73,19 @@ def _slabs(acts: Tensor, masks: Masks) -> Iterator[slice]:
     """Slices of the tokens, none of which crosses the period of the gates."""
     tokens, columns = acts.shape
     period = masks.gates.shape[0] if masks.gates.shape[0] > 1 else max(tokens, 1)
-    height = max(SLAB // max(columns, 1), 1)
     for start in range(0, tokens, period):
-        for first in range(start, start + period, height):
-            yield slice(first, min(first + height, start + period))
+        for a, b in blocks(period, columns, limits.slab):
+            yield slice(start + a, start + b)
 
 
 def _blocks(masks: Masks, sample: int, slab: slice, columns: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(token slice, gates, random numbers or source) for blocks small enough for the cache."""
-    blocks: Iterator[tuple[slice, Tensor | None]] = _source_blocks(masks.source, sample, slab, columns)
+    pieces: Iterator[tuple[slice, Tensor | None]] = _source_blocks(masks.source, sample, slab, columns)
     if masks.seed is not None:
         state = sample_states(masks.seed, mask_site(masks.stream), masks.samples)[sample]
         numbers = masks.row_numbers, masks.column_numbers
-        blocks = iter(uniform_blocks(state, slab.start, slab.stop, columns, *numbers))
-    for rows, r in blocks:
+        pieces = iter(uniform_blocks(state, slab.start, slab.stop, columns, *numbers))
+    for rows, r in pieces:
         gates = _rows(masks.gates, rows)
         yield rows, gates.to(torch.promote_types(gates.dtype, torch.float32)), r
 
@@ -95,9 +93,8 @@ def _blocks(masks: Masks, sample: int, slab: slice, columns: int) -> Iterator[tu
 def _source_blocks(
     source: Tensor | None, sample: int, slab: slice, columns: int
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    height = max(2 * BLOCK // max(columns, 1), 1)
-    for first in range(slab.start, slab.stop, height):
-        rows = slice(first, min(first + height, slab.stop))
+    for a, b in blocks(slab.stop - slab.start, columns, 2 * limits.draws):
+        rows = slice(slab.start + a, slab.start + b)
         yield rows, None if source is None else _rows(source[sample % source.shape[0]], rows)
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# words a block: 256 KiB and as much scratch stay in a core's second-level cache; other devices want few launches
-BLOCK = 1 << 15
-DEVICE_BLOCK = 1 << 24
+from bilinear_ops.composite.blockwise import blocks, items_per_block
+from bilinear_ops.composite.limits import limits
 
 # splitmix64's constants as signed 64-bit words
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -88,13 +87,13 @@ def uniform_blocks(
         pairs = column_numbers // 2 + 1
     if words_a_row == 0:
         return
-    block = BLOCK if state.device.type == "cpu" else DEVICE_BLOCK
-    height = min(max(block // words_a_row, 1), max(stop - start, 1))
+    budget = limits.draws if state.device.type == "cpu" else limits.device_draws
+    height = min(items_per_block(words_a_row, budget), max(stop - start, 1))
     offsets = pairs * GOLDEN + state  # [words]
     words, scratch = torch.empty(2, height, words_a_row, dtype=torch.int64, device=state.device)
     u = torch.empty(height, 2 * words_a_row if column_numbers is None else columns, device=state.device)
-    for first in range(start, stop, height):
-        n = min(height, stop - first)
+    for a, b in blocks(stop - start, words_a_row, budget):
+        first, n = start + a, b - a
         if row_numbers is None:
             row = torch.arange(first, first + n, device=state.device)
         else:

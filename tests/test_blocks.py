@@ -1,0 +1,228 @@
+"""Loops over blocks: values and gradients where every loop takes several."""
+
+import ast
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilinear_ops as bo
+from bilinear_ops.composite import blockwise
+from bilinear_ops.composite.interaction import forms
+from bilinear_ops.composite.limits import Limits
+from bilinear_ops.results import Directions
+from bilinear_ops.testing import gradients, randn
+
+ROOT = Path(bo.__file__).parent
+ROOMS = ("composite", "interaction", "rank1", "analysis", "gated.py")
+CUTS = ("blocks", "_activations")  # the functions that cut a range into blocks, one `for` each
+
+double = partial(randn, dtype=torch.float64)
+
+
+@pytest.fixture
+def taken(monkeypatch, small_limits):
+    """The most blocks that each loop took, by its file and line, under limits of a few elements."""
+    most: Counter[str] = Counter()
+
+    def counted(cut):
+        def wrapper(*args, **options):
+            frame = sys._getframe(1)
+            while frame.f_code.co_name in ("<listcomp>", "<genexpr>"):
+                frame = frame.f_back
+            place = f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
+            return numbered(place, cut(*args, **options))
+
+        return wrapper
+
+    def numbered(place, ranges):
+        for number, item in enumerate(ranges, 1):
+            most[place] = max(most[place], number)
+            yield item
+
+    blocks = blockwise.blocks
+    for name, module in list(sys.modules.items()):
+        if name.startswith("bilinear_ops.") and vars(module).get("blocks") is blocks:
+            monkeypatch.setattr(module, "blocks", counted(blocks))
+    monkeypatch.setattr(forms, "_activations", counted(forms._activations))
+    return most
+
+
+def layer(outputs=7, d=5, h=6, factors=None):
+    w, v = double(h, d), double(h, d)
+    c = (double(outputs, h),) if factors is None else (double(outputs, factors), double(factors, h))
+    return [w, v, *c]
+
+
+def as_directions(c):
+    return c[0] if len(c) == 1 else Directions(*c)
+
+
+def matrices(module, w, v, *c, **options):
+    return module.interaction_matrices(w, v, as_directions(c), **options)
+
+
+def topk(module, w, v, *c, basis=None, **options):
+    return module.interaction_topk(w, v, as_directions(c), 4, basis=basis, **options).values
+
+
+def diagonal(module, w, v, basis, *c):
+    return module.interaction_diagonal(w, v, as_directions(c), basis=basis)
+
+
+OUTPUTS, ROWS, COLUMNS = (
+    torch.tensor([0, 1, 6, 6, 3, 2, 0]),
+    torch.tensor([0, 4, 3, 3, 2, 1, 4]),
+    torch.tensor([4, 0, 2, 2, 1, 1, 4]),
+)
+ACTIVE = torch.tensor([[0, 2], [1, 4], [3, 3], [2, 0]])
+PAIRS = (torch.tensor([0, 1, 1, 0, 3, 2]), torch.tensor([3, 0, 3, 3, 2, 1]))
+
+
+def active(module, w, v, c, basis, acts):
+    return module.active_interactions(w, v, c, basis, ACTIVE, acts, ACTIVE).values
+
+
+def gated(module, *tensors, activation, beta=1.0):
+    return module.gated_mlp(*tensors, activation=activation, beta=beta)
+
+
+def swish(module, *tensors):
+    return module.gated_mlp(*tensors[:-1], activation="swish", beta=tensors[-1])
+
+
+def mlp(rows=11, d=4, h=6, o=3):
+    return [double(rows, d), double(h, d), double(h, d), double(o, h), double(h), double(h), double(o)]
+
+
+def rank1(tokens=11, d=4, c=6, o=3):
+    return [double(tokens, d), double(d, c), double(c, o), torch.rand(tokens, c, dtype=torch.float64), double(o)]
+
+
+def stochastic(module, x, read, write, gates, bias, weight, *source, **options):
+    source = source[0] if source else None
+    return module.stochastic_rank1_linear(
+        x, read, write, gates, bias, weight=weight, samples=2, seed=3, delta="uniform", source=source, **options
+    )
+
+
+def sparse(module, *tensors):
+    """So many subcomponents that gathering those active is cheaper than the dense product."""
+    x, read, write, gates, bias = tensors
+    return module.rank1_sparse(x, read, write, torch.arange(11)[:, None] * 17, gates, bias)
+
+
+CASES = {
+    "gated": (partial(gated, activation="silu"), mlp()),
+    "gated, swish": (swish, [*mlp(), torch.tensor(0.7, dtype=torch.float64)]),
+    "matrices one by one": (matrices, layer(outputs=3)),
+    "matrices one by one, packed": (partial(matrices, layout="packed"), layer(outputs=3)),
+    "matrices by pairs": (matrices, layer()),
+    "matrices by pairs, packed": (partial(matrices, layout="packed"), layer()),
+    "matrices in two stages": (matrices, layer(outputs=9, factors=2)),
+    "matrices in two stages, packed": (partial(matrices, layout="packed"), layer(outputs=9, factors=2)),
+    "entries": (lambda m, w, v, c: m.interaction_entries(w, v, c, OUTPUTS, ROWS, COLUMNS), layer()),
+    "diagonal": (diagonal, [*layer()[:2], double(5, 8), layer()[2]]),
+    "active": (active, [*layer(), double(5, 7), double(4, 2)]),
+    "topk through matrices": (topk, layer(outputs=3)),
+    "topk in a basis": (lambda m, w, v, c, b: topk(m, w, v, c, basis=b), [*layer(), double(5, 7)]),
+    "topk over shared tiles": (topk, layer()),
+    "topk over shared tiles, global": (partial(topk, scope="global"), layer()),
+    "topk of diagonals": (partial(topk, score="self"), layer()),
+    "quadratic form": (lambda m, x, q: m.quadratic_form(x, q + q.mT), [double(5, 4), double(6, 4, 4)]),
+    "eigen form": (lambda m, *t: m.eigen_form(*t), [double(5, 4), double(6, 3), double(6, 3, 4)]),
+    "eigen form of pairs": (lambda m, *t: m.eigen_form(*t, pairs=PAIRS), [double(5, 4), double(6, 3), double(6, 3, 4)]),
+    "neuron gram": (lambda m, *t: m.neuron_gram(*t), [double(7, 4), double(7, 4), double(5, 4), double(5, 4)]),
+    "layer inner": (lambda m, *t: m.layer_inner(*t), [*layer()[:2], double(3, 6), *layer()[:2], double(3, 6)]),
+    "faithfulness": (lambda m, *t: m.faithfulness_loss(*t), [double(7, 5), double(5, 6), double(6, 7)]),
+    "stochastic": (stochastic, [*rank1(), double(3, 4)]),
+    "stochastic, gates that repeat": (
+        lambda m, x, *t: stochastic(m, x.view(2, 11, 4), *t),
+        [double(22, 4), *rank1()[1:], double(3, 4)],
+    ),
+    "stochastic, source": (stochastic, [*rank1(), double(3, 4), torch.rand(2, 11, 6, dtype=torch.float64)]),
+    "sparse": (sparse, [double(11, 4), double(200, 4).t(), double(200, 3), double(11, 1), double(3)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_over_several_blocks(case, taken):
+    f, tensors = CASES[case]
+    dy = torch.randn_like(f(bo.reference, *tensors))
+    ours, expected = (gradients(partial(f, module), tensors, dy) for module in (bo, bo.reference))
+    for got, gold in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, gold, rtol=1e-10, atol=1e-10)
+    assert max(taken.values()) >= 2, taken
+
+
+def moments(basis):
+    w, v, c = layer()
+    found = bo.interaction_moments(w, v, c, basis=basis)
+    return zip(found, bo.reference.interaction_moments(w, v, c, basis=basis), strict=True)
+
+
+@pytest.mark.parametrize("basis", (None, double(5, 7)), ids=("inputs", "features"))
+def test_moments_over_several_blocks(basis, taken):
+    for got, gold in moments(basis):
+        torch.testing.assert_close(got, gold, rtol=1e-10, atol=1e-10)
+    assert max(taken.values()) >= 2, taken
+
+
+def loops():
+    """Where the composites cut a range, as `taken` counts it."""
+    for path in sorted((ROOT / "composite").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CUTS:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_every_loop_takes_several_blocks(taken):
+    for f, tensors in CASES.values():
+        y = f(bo, *(t.detach().requires_grad_() for t in tensors))
+        y.sum().backward()
+    moments(double(5, 7))
+    assert len(set(loops())) > 20
+    assert {place: taken[place] for place in loops() if taken[place] < 2} == {}
+
+
+def size_constants(source):
+    """Names of module-level constants that look like sizes of blocks, and of functions with such a default."""
+    tree = ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _is_size(node.value, 64):
+            yield ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            defaults = [d for d in (*node.args.defaults, *node.args.kw_defaults) if d is not None]
+            if any(_is_size(d, 1024) for d in defaults):
+                yield node.name
+
+
+def _is_size(value, least):
+    """Whether an expression of integers alone is a shift, or holds an integer so large."""
+    nodes = list(ast.walk(value))
+    if not all(isinstance(n, ast.Constant | ast.BinOp | ast.operator) for n in nodes):
+        return False
+    constants = [n.value for n in nodes if isinstance(n, ast.Constant)]
+    if not all(type(c) is int for c in constants):
+        return False
+    return any(isinstance(n, ast.LShift) for n in nodes) or max(constants) >= least
+
+
+# sizes of no block: climbs, looks, the words of a generator, costs, and a public option of `interaction_eigh`
+OTHER = {"interaction_eigh", "SEEDS", "MOST_LOOKS", "GOLDEN", "MIX_1", "MIX_2", "GATHER_COST", "COPY_COST"}
+
+
+def test_sizes_stand_in_the_record_alone():
+    files = [f for room in ROOMS for f in ([ROOT / room] if room.endswith(".py") else (ROOT / room).rglob("*.py"))]
+    assert len(files) > 30
+    found = {f"{f.relative_to(ROOT)}: {name}" for f in files for name in size_constants(f.read_text())}
+    assert {place for place in found if place.partition(": ")[2] not in OTHER} == set()
+    assert list(size_constants("A = 1 << 3\nB: int = 4096\nC = 2.0\nD = 5\ndef f(n=1 << 20): pass")) == ["A", "B", "f"]
+
+
+def test_the_record_holds_numbers_only():
+    assert all(type(size) is int for size in vars(Limits()).values())
