@@ -6,6 +6,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import gates as composite
 from bilinear_ops.testing import randn
 
@@ -17,8 +18,8 @@ NAMES = ("acts", "w1", "b1", "w2", "b2")
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Blocks of 8 columns and 7 rows: every size above that runs several of them both ways."""
-    monkeypatch.setattr(composite, "COLUMNS", 8)
-    monkeypatch.setattr(composite, "BLOCK", 60)
+    monkeypatch.setattr(limits, "gate_columns", 8)
+    monkeypatch.setattr(limits, "gate_elements", 60)
 
 
 def inputs(tokens: int = 9, c: int = 11, hidden: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:

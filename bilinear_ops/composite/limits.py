@@ -39,6 +39,10 @@ class Limits:
     device_draws: int = 1 << 24  # words on other devices than the CPU, which want few launches
     slab: int = 1 << 22  # of masked activations: 16 MiB in fp32, tall enough for the library's GEMM at any C
     band: int = 1 << 20  # of the residual held at a time: 4 MiB in fp32
+    # of a block of gate networks, of which a few stay in a core's cache from one elementwise pass to the next: on one
+    # AVX-512 core at C = 768, blocks of 2^14 and 2^16 elements take 3.8 and 1.6 times as long, of 2^19 no less
+    gate_elements: int = 1 << 18
+    gate_columns: int = 1 << 10  # subcomponents of such a block: the sums over its tokens are long whatever C is
     active_rows: int = 1 << 20  # of the active subcomponents' vectors gathered at a time: 4 MiB in fp32
 
 

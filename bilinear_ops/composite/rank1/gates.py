@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from bilinear_ops.composite.blockwise import blocks, items_per_block
+from bilinear_ops.composite.limits import limits
 
-# Elements of a block, of which a few stay in a core's cache from one elementwise pass to the next: measured on one
-# AVX-512 core at C = 768, blocks of 2^14 and 2^16 elements take 3.8 and 1.6 times as long, of 2^19 no less.
-BLOCK = 1 << 18
-COLUMNS = 1 << 10  # of a block, so that the sums over its tokens are long whatever C is
+aten = torch.ops.aten
 
 
 def component_gates(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -68,15 +66,13 @@ def _blocks(acts: Tensor, w1: Tensor) -> Iterator[tuple[slice, slice, Tensor, Te
     """(rows, columns, acts there in fp32 or better, memory of that size), the same memory for every block."""
     wide = _wide(acts, w1)
     tokens, count = acts.shape
-    width = max(min(COLUMNS, count), 1)
-    height = max(min(BLOCK // width, tokens), 1)
+    width = max(min(limits.gate_columns, count), 1)
+    height = max(min(items_per_block(width, limits.gate_elements), tokens), 1)
     memory = acts.new_empty(height * width, dtype=wide)
-    for first in range(0, count, width):
-        columns = slice(first, min(first + width, count))
-        for start in range(0, tokens, height):
-            rows = slice(start, min(start + height, tokens))
-            b_acts = acts[rows, columns].to(wide)
-            yield rows, columns, b_acts, memory[: b_acts.numel()].view(b_acts.shape)
+    for first, last in blocks(count, 1, width):
+        for start, stop in blocks(tokens, 1, height):
+            b_acts = acts[start:stop, first:last].to(wide)
+            yield slice(start, stop), slice(first, last), b_acts, memory[: b_acts.numel()].view(b_acts.shape)
 
 
 def _units(columns: slice, wide: torch.dtype, *weights: Tensor) -> Iterator[tuple[Tensor, ...]]:
