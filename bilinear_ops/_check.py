@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any, SupportsFloat, SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -57,8 +60,41 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
 def check_integers(**arguments: object) -> None:
     """Raise TypeError unless all of these are integers of some kind, bools not among them."""
     for name, n in arguments.items():
-        if not hasattr(n, "__index__") or isinstance(n, bool):
+        if not _is_integer(n):
             raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+
+
+def _is_integer(n: object) -> bool:
+    """Whether n is an int, a symbolic one or numpy's; a tensor is none, for reading it would wait for its device."""
+    if isinstance(n, int | torch.SymInt):
+        return not isinstance(n, bool)
+    if isinstance(n, Tensor) or not hasattr(n, "__index__"):
+        return False
+    try:  # numpy's bool has an index that raises
+        operator.index(n)
+    except TypeError:
+        return False
+    return True
+
+
+def check_reals(*, positive: bool = False, **arguments: object) -> None:
+    """Raise TypeError unless all of these are real numbers, bools not among them, or 0-dim floating-point tensors.
+
+    ValueError for NaN and, if `positive`, for a number that is not above 0; the values of tensors are not read.
+    """
+    for name, n in arguments.items():
+        if isinstance(n, Tensor):
+            if not n.is_floating_point():
+                raise TypeError(f"{name} must be a floating-point tensor, got {n.dtype}")
+            if n.dim() != 0:
+                raise RuntimeError(f"{name} must be a number or have shape [], got {list(n.shape)}")
+            continue
+        if isinstance(n, bool) or not isinstance(n, float | int | torch.SymFloat | torch.SymInt | SupportsFloat):
+            raise TypeError(f"{name} must be a number, got {type(n).__name__}")
+        if n != n:
+            raise ValueError(f"{name} must be a number, got nan")
+        if positive and not n > 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must be above 0, got {n}")
 
 
 def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> None:
@@ -117,6 +153,7 @@ def check_index(name: str, index: Tensor, limit: int, shape: tuple[int | None, .
 def check_sampling(samples: int, sampling: str) -> None:
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    check_integers(samples=samples)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
 
@@ -131,6 +168,9 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
         if seed.device != device:
             raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not isinstance(seed, int | torch.SymInt | SupportsIndex) or not _is_integer(seed):
         raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
-    return torch.zeros((), dtype=torch.int64, device=device) + seed  # unlike `torch.full`, symbolic under torch.compile
+    number: Any = seed if isinstance(seed, int | torch.SymInt) else operator.index(seed)
+    return (
+        torch.zeros((), dtype=torch.int64, device=device) + number
+    )  # unlike `torch.full`, symbolic under torch.compile

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import reference
-from bilinear_ops._check import check_beside, check_place, check_sampling, check_seed
+from bilinear_ops._check import check_beside, check_integers, check_place, check_sampling, check_seed
 from bilinear_ops.rank1.masks import check_numbers, flat, stochastic_delta
 from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
@@ -30,6 +30,7 @@ def stochastic_masks(
 ) -> Masks:
     """The checked masks of an op whose subcomponents have activations of shape `full`, deltas drawn if asked for."""
     check_sampling(samples, sampling)
+    check_integers(stream=stream)
     lead = full[:-1]
     check_beside(x, gates=(gates, full), source=(source, (samples, *full)))
     if gates is None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bilinear_ops as bo
-import bilinear_ops.gated
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.integrations.distributed import GatedParallel, parallel_plan
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import check, check_layer
+from bilinear_ops._check import check, check_integers, check_layer
 from bilinear_ops._sharding import own_directions, sharded
 from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.results import LAYOUTS, Directions
@@ -77,6 +77,7 @@ def iter_interaction_matrices(
     sizes = check_layer(w, v, c)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_integers(chunk_bytes=chunk_bytes)
     impl = _impl.resolve(impl, w)
     step = _chunk(sizes["K"], sizes.get("o", 0), layout == "packed", w, chunk_bytes, impl)
     mine = range(sizes["K"]) if group is None else own_directions(group, sizes["K"])
@@ -125,6 +126,7 @@ def unpack_symmetric(t: Tensor, d: int) -> Tensor:
 
     Raises RuntimeError where the packed length is not d(d+1)/2, TypeError for anything but a floating-point tensor.
     """
+    check_integers(d=d)
     sizes = check(t=(t, "... n"))
     if sizes["n"] != d * (d + 1) // 2:
         raise RuntimeError(f"t must have shape [..., {d * (d + 1) // 2}] for d={d}, got {list(t.shape)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import check, check_layer
+from bilinear_ops._check import check, check_integers, check_layer
 from bilinear_ops._sharding import gathered, is_sharded, over_directions, sharded
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.composite.interaction import ranking as composite
@@ -248,6 +248,7 @@ def _check_ranking(n: int, score: str, scope: str, outputs: int, features: int) 
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    check_integers(n=n)
     pairs = _pairs(score, features)
     most = pairs * outputs if scope == "global" else pairs
     if not 0 <= n <= most:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import check
+from bilinear_ops._check import check, check_reals
 from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import losses as composite
 
@@ -84,9 +84,11 @@ def importance_minimality(gates: Tensor, *, pnorm: float | Tensor, eps: float = 
         `[C]` in float32, or float64 for float64 gates.
 
     Raises:
-        TypeError: gates that are not a floating-point tensor.
+        TypeError: gates that are not a floating-point tensor, an option that is not a number.
+        ValueError: an option that is NaN or out of range.
     """
     check(gates=(gates, "... c"))
+    check_reals(pnorm=pnorm, eps=eps)
     return reference.importance_minimality(gates, pnorm=pnorm, eps=eps)
 
 
@@ -103,9 +105,11 @@ def smooth_l0(gates: Tensor, *, gamma: float | Tensor) -> Tensor:
         `[C]` in float32, or float64 for float64 gates.
 
     Raises:
-        TypeError: gates that are not a floating-point tensor.
+        TypeError: gates that are not a floating-point tensor, an option that is not a number.
+        ValueError: an option that is NaN or out of range.
     """
     check(gates=(gates, "... c"))
+    check_reals(positive=True, gamma=gamma)
     return reference.smooth_l0(gates, gamma=gamma)
 
 
@@ -128,6 +132,7 @@ def frequency_penalty(frequencies: Tensor, *, scale: float | Tensor, running: Te
         TypeError: an argument that is not a floating-point tensor.
     """
     check(frequencies=(frequencies, "C"), running=(running, "? C"))
+    check_reals(scale=scale)
     return reference.frequency_penalty(frequencies, scale=scale, running=running)
 
 
@@ -137,9 +142,11 @@ def lower_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:
     Above 1 nothing passes. The rule is no derivative, so it is exempt from `torch.autograd.gradcheck`.
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        TypeError: x that is not a floating-point tensor, alpha that is not a number.
+        ValueError: alpha that is NaN.
     """
     check(x=(x, "..."))
+    check_reals(alpha=alpha)
     return reference.lower_leaky_hard_sigmoid(x, alpha)
 
 
@@ -147,9 +154,11 @@ def upper_leaky_hard_sigmoid(x: Tensor, alpha: float = 0.01) -> Tensor:
     """clamp(x, 0, 1) that goes on as 1 + alpha (x - 1) above 1, for the minimality loss ([SPD]).
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        TypeError: x that is not a floating-point tensor, alpha that is not a number.
+        ValueError: alpha that is NaN.
     """
     check(x=(x, "..."))
+    check_reals(alpha=alpha)
     return reference.upper_leaky_hard_sigmoid(x, alpha)
 
 

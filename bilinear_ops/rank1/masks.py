@@ -53,6 +53,7 @@ def stochastic_mask(
     """
     check(gates=(gates, "... c"))
     check_sampling(samples, sampling)
+    check_integers(stream=stream)
     seed = check_seed(seed, gates.device)
     gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
     check_numbers(gates.shape[:-1], gates.shape[-1], row_numbers, column_numbers, gates.device)
@@ -86,6 +87,7 @@ def stochastic_delta(
         as `stochastic_mask`.
     """
     check_sampling(samples, SAMPLINGS[0])
+    check_integers(stream=stream)
     seed = check_seed(seed, torch.empty(0, device=device).device)
     check_numbers(shape, 1, row_numbers, None, seed.device)
     tokens = torch.Size(shape).numel()
@@ -117,7 +119,7 @@ def subset_routing(
     Raises:
         as `stochastic_mask`, and ValueError for sites below 1.
     """
-    check_integers(sites=sites)
+    check_integers(sites=sites, stream=stream)
     if sites < 1:
         raise ValueError(f"sites must be at least 1, got {sites}")
     seed = check_seed(seed, torch.empty(0, device=device).device)

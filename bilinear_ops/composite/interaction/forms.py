@@ -134,7 +134,7 @@ def _activations(x: Tensor, vectors: Tensor, t: Tensor, k: Tensor) -> Iterator[t
         valid = slot < count[done:stop, None]
         pairs = order[start[done:stop, None] + torch.where(valid, slot, 0)]
         outputs = k[pairs[:, 0]]
-        gathered = space[: outputs.numel() * r * d].view(-1, r, d)
+        gathered = space[: outputs.numel() * r * d].view(outputs.numel(), r, d)
         torch.index_select(vectors, 0, outputs, out=gathered)
         yield outputs, pairs, valid, x[t[pairs]] @ gathered.to(x.dtype).mT
         done = stop

@@ -32,7 +32,7 @@ def sparse_dots(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
         return dots
     for a, b in blocks(tokens, k * d, limits.active_rows):
         chunk = slice(a, b)
-        active = rows.index_select(0, indices[chunk].flatten()).view(-1, k, d)
+        active = rows.index_select(0, indices[chunk].flatten()).view(b - a, k, d)
         torch.bmm(active, x[chunk, :, None], out=dots[chunk, :, None])
     return dots
 
