@@ -133,8 +133,18 @@ def weighted_sum(delta: Tensor, dy: Tensor) -> Tensor:
     return total.to(dy.dtype)
 
 
-def masked_formula(acts: Tensor, write: Tensor, bias: Tensor | None, original: Tensor | None, masks: Masks) -> Tensor:
-    """The result from the activations and from what passes the subcomponents: differentiable to any order."""
+def masked_formula(
+    acts: Tensor,
+    write: Tensor,
+    bias: Tensor | None,
+    original: Tensor | None,
+    masks: Masks,
+    inner: Tensor | None = None,
+) -> Tensor:
+    """The result from the activations and from what passes the subcomponents: differentiable to any order.
+
+    `inner` are the activations through which what delta takes away is differentiated; without it these too.
+    """
     gates = masks.gates.repeat(acts.shape[0] // max(masks.gates.shape[0], 1), 1)
     mask, samples = gates, masks.samples
     if masks.seed is not None:
@@ -144,4 +154,4 @@ def masked_formula(acts: Tensor, write: Tensor, bias: Tensor | None, original: T
         )  # fmt: skip
     elif masks.source is not None:
         mask = gates + (1 - gates) * masks.source
-    return apply(acts, write, mask, bias, original, masks.delta, masks.routing).expand(samples, -1, -1)
+    return apply(acts, write, mask, bias, original, masks.delta, masks.routing, inner).expand(samples, -1, -1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import bilinear_ops as bo
-from bilinear_ops.testing import randn
+from bilinear_ops.testing import assert_no_worse, randn
 
 # torch.compile and export warn about PyTorch's own deprecations
 pytestmark = [
@@ -164,15 +164,19 @@ def test_func_transforms():
 
 @pytest.mark.parametrize("impl", ("torch", "triton"))
 def test_autocast(impl):
-    """Casts x, read, write, bias and weight; gates and deltas keep their dtype."""
+    """Casts x, read, write, bias and weight; gates and deltas keep their dtype; delta's remainder is formed before."""
     tensors = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(impl=impl)(*tensors)
         grads = torch.autograd.grad(y.float().sum(), tensors)
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
     x, read, write, gates, bias, weight, delta = (t.detach() for t in tensors)
+    gold = layer(bo.reference)(*(t.detach().double() for t in tensors))
     x, read, write, bias, weight = (t.bfloat16() for t in (x, read, write, bias, weight))
-    assert torch.equal(y, layer(impl=impl)(x, read, write, gates, bias, weight, delta))
+    assert_no_worse(y, layer(bo.reference)(x, read, write, gates, bias, weight, delta), gold)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(impl=impl)(*tensors[:6])
+    assert torch.equal(y, layer(impl=impl)(x, read, write, gates, bias, weight))
 
 
 def bad(**changes):

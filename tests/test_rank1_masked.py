@@ -175,6 +175,80 @@ def test_given_acts(delta, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("routed", (False, True))
+def test_what_delta_takes_away_does_not_go_through_given_acts(routed, impl):
+    """acts receives m * (dy L^T), as attributions mean it; the gradient of -delta (x R) L goes to x, read and write."""
+    x, read, write, gates, weight = (randn(*s) for s in ((9, 6), (6, 5), (5, 4), (9, 5), (4, 6)))
+    delta, dy = torch.rand(2, 9), randn(2, 9, 4)
+    routing = torch.arange(9) % 3 > 0 if routed else None
+    options = dict(samples=2, seed=3, stream=1, weight=weight, delta=delta, routing=routing)
+    leaves = [t.requires_grad_() for t in (x, read, write)]
+    acts = (x @ read).detach().requires_grad_()
+    y = bo.stochastic_rank1_linear(*leaves, gates, acts=acts, impl=impl, **options)
+    found = torch.autograd.grad(y, (acts, *leaves), dy, retain_graph=True)
+    mask = bo.stochastic_mask(gates, samples=2, seed=3, stream=1)
+    own = torch.ones(9) if routing is None else routing.float()
+    torch.testing.assert_close(found[0], (mask * (dy @ write.t()) * own[:, None]).sum(0))
+    frozen = bo.stochastic_rank1_linear(*leaves, gates, acts=acts.detach(), impl=impl, **options)
+    torch.testing.assert_close(torch.autograd.grad(frozen, leaves, dy), found[1:])
+    theirs = bo.reference.stochastic_rank1_linear(*leaves, gates, acts=acts, **options)
+    torch.testing.assert_close(torch.autograd.grad(theirs, (acts, *leaves), dy, retain_graph=True), found)
+    graph = torch.autograd.grad(y.square().sum(), (acts, *leaves), create_graph=True)
+    plain = torch.autograd.grad(theirs.square().sum(), (acts, *leaves))
+    torch.testing.assert_close(graph, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("remainder", (1e-1, 1e-2, 1e-3))
+@pytest.mark.parametrize("given", (False, True))
+def test_the_remainder_under_autocast(given, remainder):
+    """Its gradient of delta is no difference of two bfloat16 products: within 0.5 % at any size of the remainder."""
+    x, read, write, gates = randn(64, 48), randn(48, 24), randn(24, 32), torch.rand(64, 24)
+    error = randn(32, 48)
+    weight = (read @ write).t()
+    weight = weight + remainder * weight.norm() / error.norm() * error
+    routing = torch.arange(64) % 4 > 0
+    dy = randn(2, 64, 32)
+
+    def gradient(dtype):
+        delta = torch.full((2, 64), 0.5, dtype=dtype, requires_grad=True)
+        x_, read_, write_, gates_, weight_ = (t.to(dtype) for t in (x, read, write, gates, weight))
+        if given:
+            y = bo.rank1_linear(x_, read_, write_, gates_, weight=weight_, delta=delta[0], routing=routing)[None]
+        else:
+            y = bo.stochastic_rank1_linear(
+                x_, read_, write_, gates_, weight=weight_, delta=delta, routing=routing, samples=2, seed=3
+            )
+        return torch.autograd.grad(y, delta, dy[: len(y)].to(y.dtype))[0].double()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradient(torch.float32)
+    gold = gradient(torch.float64)
+    assert (found - gold).norm() <= 0.005 * gold.norm()
+    assert not found[:, ~routing].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bias", (None, torch.ones(4)))
+def test_nan_subcomponents_do_not_reach_tokens_routed_past_them(bias, impl):
+    x, weight = randn(9, 6), randn(4, 6)
+    read, write, gates = randn(6, 5), randn(5, 4), torch.rand(9, 5)
+    read[2, 1] = write[3, 0] = gates[1, 2] = float("nan")
+    routing = torch.arange(9) % 3 > 0
+    x.requires_grad_()
+    options = dict(bias=bias, weight=weight, routing=routing, impl=impl)
+    expected = torch.nn.functional.linear(x.detach(), weight, bias)
+    for y in (
+        bo.rank1_linear(x, read, write, gates, **options),
+        bo.stochastic_rank1_linear(x, read, write, gates, samples=2, seed=3, delta="uniform", **options),
+    ):
+        assert y[..., routing, :].isnan().any()
+        torch.testing.assert_close(y[..., ~routing, :], expected[~routing].expand_as(y[..., ~routing, :]))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        copies = y.numel() // expected.numel()
+        torch.testing.assert_close(dx[~routing], (copies * weight.sum(0)).expand(3, 6))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sampling", ("continuous", "binomial"))
 def test_draws_are_those_of_stochastic_mask(sampling, impl):
     """The op equals rank1_linear under the masks and deltas that are drawn as tensors."""

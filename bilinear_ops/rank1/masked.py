@@ -54,10 +54,12 @@ def rank1_linear(
         weight: `[d_out, d_in]` original weight, which delta and routing refer to.
         delta: broadcasts to `[...]`: how much of the remainder weight - (R L)^T to add, never forming it.
         routing: bool, broadcasts to `[...]`: where False the token goes through weight instead.
-        acts: `[..., C]`, x R where the caller has it already; gradients then go through it.
+        acts: `[..., C]`, x R where the caller has it already; the gradient of ((x R) * m) L then goes through it, and
+            that of delta's remainder to x, read and write.
         impl: "auto", "triton" or "torch".
 
-    mask and delta may have any floating dtype; they are used in float32 or better.
+    mask and delta may have any floating dtype; they are used in float32 or better. Under autocast the remainder is
+    formed, once a call and in float32.
 
     Returns:
         `[..., d_out]`, contiguous, in x's dtype.
@@ -68,6 +70,7 @@ def rank1_linear(
         TypeError: an argument that is not a floating-point tensor, routing that is not a bool tensor.
         ValueError: delta or routing without weight, unknown impl.
     """
+    uncast = weight, read, write
     x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
     sizes = _check(x, read, write, bias, weight, delta, routing, acts)
     lead = x.shape[:-1]
@@ -80,7 +83,7 @@ def rank1_linear(
     mask = x.new_ones(1, sizes["c"]) if mask is None else mask
     delta = None if delta is None else delta.expand(lead)[None]
     masks = Masks(mask, None, delta, routing, None, None, None, stream=0, samples=1, sampling="given")
-    return _masked(x, read, write, acts, weight, bias, masks, impl)[0]
+    return _masked(x, read, write, acts, weight, bias, masks, uncast, impl)[0]
 
 
 @sharded(
@@ -132,6 +135,7 @@ def stochastic_rank1_linear(
         TypeError: no seed where something is drawn.
         ValueError: samples below 1, unknown sampling or delta.
     """
+    uncast = weight, read, write
     x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
     sizes = _check(x, read, write, bias, weight, delta, routing, acts)
     lead = x.shape[:-1]
@@ -146,7 +150,7 @@ def stochastic_rank1_linear(
             delta=masks.delta, routing=routing, acts=acts, stream=stream, source=source,
             row_numbers=row_numbers, column_numbers=column_numbers,
         ).contiguous()  # fmt: skip
-    return _masked(x, read, write, acts, weight, bias, masks, impl)
+    return _masked(x, read, write, acts, weight, bias, masks, uncast, impl)
 
 
 def _check(
@@ -181,21 +185,37 @@ def _masked(
     weight: Tensor | None,
     bias: Tensor | None,
     masks: Masks,
+    uncast: tuple[Tensor | None, Tensor, Tensor],
     impl: str,
 ) -> Tensor:
-    """Flatten the tokens and call the op. `masks` is as the caller gives it: sizes broadcast, tokens not flattened."""
+    """Flatten the tokens and call the op. `masks` is as the caller gives it: sizes broadcast, tokens not flattened.
+
+    `uncast` is (weight, read, write) before autocast, under which the remainder is formed from them.
+    """
+    if masks.delta is not None and weight is not None and uncast[0] is not None and uncast[0].dtype != weight.dtype:
+        remainder = _remainder(uncast[0], *uncast[1:]).to(x.dtype)
+        y = _masked(x, read, write, acts, weight, bias, masks._replace(delta=None), uncast, impl)
+        return (y + _own(masks)[..., None] * (x @ remainder.mT)).to(y.dtype)
     lead, tokens, c = x.shape[:-1], x.shape[:-1].numel(), read.shape[1]
+    remains = masks.delta is not None
     masks = flat_masks(masks, lead, c)
     if masks.delta is None:
         weight = None
     if acts is not None:  # what the result does not depend on gets no gradient
-        read = read.detach()
+        read = read if remains else read.detach()
         x = x if weight is not None else x.detach()
     x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
     tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)
     save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
     y, _ = rank1_op(x, read, write, acts, weight, bias, *masks, save, impl)
     return y.view(masks.samples, *lead, write.shape[1])
+
+
+@_op.without_autocast
+def _remainder(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
+    """weight - (R L)^T in fp32 or better: as a difference of two half-precision products most of it is rounding."""
+    weight, read, write = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (weight, read, write))
+    return weight - (read @ write).mT
 
 
 def launchers():
@@ -223,6 +243,9 @@ def _forward(
     original = None if masks.delta is None or weight is None else x @ weight.t()
     beta = write_remainder(y, original, bias, masks)
     (composite if impl == "torch" else launchers()).masked_apply(y, inner, write, masks, beta)
+    if masks.routing is not None and original is not None:  # 0 * nan: what passes the subcomponents must not see theirs
+        passed = original if bias is None else original + bias
+        torch.where(masks.routing[:, None], y, passed, out=y)
     return y, _op.or_empty(inner if save else None, x)
 
 
@@ -245,20 +268,30 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, read, write, acts, weight, bias, gates, source and delta, each None unless needed.
 
-    `kept` is x R, or empty where the caller gave acts or nothing was saved.
+    `kept` is x R, or empty where the caller gave acts or nothing was saved. Through acts of the caller goes what the
+    masks pass; what delta takes away goes through x, read and write.
     """
     *fields, need, impl = options
     need_x, need_read, need_write, need_acts, need_weight, need_bias, need_gates, need_source, need_delta = need
     masks = Masks(*fields)
-    through_acts = acts is None and (need_x or need_read)
+    given = acts is not None
+    through_acts = not given and (need_x or need_read)
     if acts is None:
         acts = kept if kept.numel() else x @ read
     dacts, dwrite, dgates, dsource, ddelta = (composite if impl == "torch" else launchers()).masked_apply_backward(
         dy, acts, write, masks, [need_acts or through_acts, need_write, need_gates, need_source, need_delta]
     )
     dx = dread = dweight = None
+    if given and masks.delta is not None and (need_acts or need_x or need_read):
+        taken = weighted_sum(_own(masks), dy) @ write.t()
+        if need_acts:
+            dacts += taken
+        dx = (taken @ read.t()).neg_() if need_x else None
+        dread = (x.t() @ taken).neg_() if need_read else None
     if through_acts and need_x:
         dx = dacts @ read.t()
+        if masks.routing is not None:
+            dx.masked_fill_(~masks.routing[:, None], 0.0)
     if through_acts and need_read:
         dread = x.t() @ dacts
     if masks.delta is not None and weight is not None:
@@ -294,10 +327,17 @@ def _formula(
     sampling: str,
 ) -> Tensor:
     """The result of the op by the reference's pieces: differentiable to any order."""
-    acts = x @ read if acts is None else acts
+    inner = x @ read
+    acts = inner if acts is None else acts
     original = None if weight is None else x @ weight.mT
     masks = Masks(gates, source, delta, routing, seed, row_numbers, column_numbers, stream, samples, sampling)
-    return masked_formula(acts, write, bias, original, masks)
+    return masked_formula(acts, write, bias, original, masks, inner)
+
+
+def _own(masks: Masks) -> Tensor:
+    """The deltas of the tokens that use the subcomponents, 0 for those routed past them."""
+    assert masks.delta is not None
+    return masks.delta if masks.routing is None else torch.where(masks.routing, masks.delta, 0.0)
 
 
 # from gates on in the order of Masks

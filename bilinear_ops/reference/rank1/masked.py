@@ -22,7 +22,8 @@ def rank1_linear(
 ) -> Tensor:
     """((x R) * m) L + delta * x (W - (R L)^T)^T + bias, and x W^T + bias where `routing` is False: -> [..., d_out]."""
     original = None if weight is None else x @ weight.mT
-    return apply(x @ read if acts is None else acts, write, mask, bias, original, delta, routing)
+    inner = x @ read
+    return apply(inner if acts is None else acts, write, mask, bias, original, delta, routing, inner)
 
 
 def stochastic_rank1_linear(
@@ -45,11 +46,12 @@ def stochastic_rank1_linear(
     column_numbers: Tensor | None = None,
 ) -> Tensor:
     """`rank1_linear` under `samples` masks g + (1 - g) r: -> [samples, ..., d_out]."""
-    acts = x @ read if acts is None else acts
+    inner = x @ read
     original = None if weight is None else x @ weight.mT
+    acts = inner if acts is None else acts
     return stochastic(
         acts, write, gates, bias, original, samples=samples, seed=seed, sampling=sampling, delta=delta, routing=routing,
-        stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers,
+        stream=stream, source=source, row_numbers=row_numbers, column_numbers=column_numbers, inner=inner,
     )  # fmt: skip
 
 
@@ -69,8 +71,9 @@ def stochastic(
     source: Tensor | None,
     row_numbers: Tensor | None,
     column_numbers: Tensor | None,
+    inner: Tensor | None = None,
 ) -> Tensor:
-    """`stochastic_rank1_linear` from acts = x R and original = x W^T."""
+    """`stochastic_rank1_linear` from acts = x R and original = x W^T; `inner` as for `apply`."""
     gates = gates.expand(acts.shape)
     if source is not None:
         masks = gates + (1 - gates) * source
@@ -83,7 +86,7 @@ def stochastic(
         delta = stochastic_delta(
             acts.shape[:-1], samples=samples, seed=seed, device=acts.device, stream=stream, row_numbers=row_numbers
         )
-    y = apply(acts, write, masks, bias, original, delta, routing)
+    y = apply(acts, write, masks, bias, original, delta, routing, inner)
     return y.expand(samples, *y.shape[-acts.dim() :])
 
 
@@ -95,12 +98,16 @@ def apply(
     original: Tensor | None,
     delta: Tensor | None,
     routing: Tensor | None,
+    inner: Tensor | None = None,
 ) -> Tensor:
-    """`rank1_linear` from acts = x R and original = x W^T, with the difference matrix applied as x W^T - acts L."""
+    """`rank1_linear` from acts and original = x W^T, with the difference matrix applied as x W^T - (x R) L.
+
+    `inner` is x R where the caller gave acts, which then have a gradient of their own; acts without it.
+    """
     y = (acts if mask is None else (acts * mask).to(acts.dtype)) @ write
     if delta is not None:
         assert original is not None
-        y = y + (delta[..., None] * (original - acts @ write)).to(y.dtype)
+        y = y + (delta[..., None] * (original - (acts if inner is None else inner) @ write)).to(y.dtype)
     if routing is not None:
         assert original is not None
         y = torch.where(routing[..., None], y, original)
