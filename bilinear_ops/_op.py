@@ -12,6 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+RELOADED = "{} cannot be reloaded: PyTorch registers an op once in a process; start a new one"
+
+if "OPS" in globals():  # as importlib.reload leaves them
+    raise RuntimeError(RELOADED.format(__name__))
 OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
 
@@ -22,6 +26,8 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
     """
     name = schema.partition("(")[0]
+    if hasattr(torch.ops.bilinear_ops, name):
+        raise RuntimeError(RELOADED.format(kernel.__module__))
     OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     OPS.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=OPS)

@@ -35,8 +35,11 @@ def warmup(
             use the fastest from then on in this process.
 
     Raises:
-        RuntimeError: tune=True where the kernels cannot run; and what `op` raises.
+        RuntimeError: a device that is not there; tune=True where the kernels cannot run; and what `op` raises.
     """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"warmup needs the device that later calls run on, got {device}, and PyTorch finds no GPU")
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(argument: Any) -> Any:

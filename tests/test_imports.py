@@ -137,3 +137,24 @@ def test_works_without_triton():
         'impl="triton" cannot run: triton is not installed',
         "triton is not installed",
     ]
+
+
+@pytest.mark.parametrize("module", ("gated", "interaction.forms", "rank1.masked", "_op"))
+def test_a_module_of_ops_is_not_reloaded(module):
+    """One clear error, and the op as it was."""
+    program = f"""
+        import importlib
+        import torch
+        import bilinear_ops as bo
+        importlib.reload(bo)
+        x, w, p = torch.randn(5, 4), torch.randn(6, 4), torch.randn(3, 6)
+        before = bo.gated_mlp(x, w, w, p, impl="torch")
+        try:
+            importlib.reload(importlib.import_module("bilinear_ops.{module}"))
+        except RuntimeError as error:
+            assert str(error).startswith("bilinear_ops.") and "cannot be reloaded" in str(error), error
+        else:
+            raise AssertionError("reloaded")
+        assert torch.equal(bo.gated_mlp(x, w, w, p, impl="torch"), before)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

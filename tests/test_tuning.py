@@ -334,3 +334,9 @@ def test_the_report_says_where(clock, tmp_path):
     assert found["caches"]["tiles"] == str(tmp_path)
     assert found["environment"]["BILINEAR_OPS_TUNE"] == "1"
     assert f"tiles   {tmp_path}" in environment.text(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_warmup_without_a_gpu_says_so():
+    with pytest.raises(RuntimeError, match="warmup needs the device .* got cuda, and PyTorch finds no GPU"):
+        bo.warmup(bo.gated_mlp, (4, 3), (5, 3), (5, 3), (2, 5))
