@@ -23,7 +23,6 @@ class Numbers(NamedTuple):
     offset: float | Tensor | None = None
 
 
-
 @sharded("... h", over="... h", x="... d", w="h d", v="h d", b_w="h", b_v="h", beta="", limit="", offset="")
 def gated_bilinear(
     x: Tensor,
