@@ -9,15 +9,23 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check
-from bilinear_ops.results import Layer
+from bilinear_ops.results import Layer, Result
 
 
-class BiasTerms(NamedTuple):
+class BiasTerms(
+    Result,
+    NamedTuple(
+        "BiasTerms",
+        [
+            ("interaction", Layer),
+            ("linear", Tensor),  # [o, d]
+            ("constant", Tensor),  # [o]
+        ],
+    ),
+):
     """y = gated_mlp(x, *interaction) + x linear^T + constant."""
 
-    interaction: Layer
-    linear: Tensor  # [o, d]
-    constant: Tensor  # [o]
+    __slots__ = ()
 
 
 def augment_biases(

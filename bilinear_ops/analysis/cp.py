@@ -9,17 +9,29 @@ from torch import Tensor
 
 from bilinear_ops._check import check, check_integers
 from bilinear_ops.interaction.gram import layer_inner, neuron_gram
+from bilinear_ops.results import Result
 
 CG_TOLERANCE = 1e-13  # relative residual in the preconditioner's norm: the accuracy of float64
 
 
-class CPDecomposition(NamedTuple):
+class CPDecomposition(
+    Result,
+    NamedTuple(
+        "CPDecomposition",
+        [
+            ("w", Tensor),  # [rank, d], rows of norm 1
+            ("v", Tensor),  # [rank, d], rows of norm 1
+            ("p", Tensor),  # [o, rank]
+            (
+                "errors",
+                Tensor,
+            ),  # [steps done + 1]: |B - B_rank| / |B|, descending; first that of the initial terms
+        ],
+    ),
+):
     """A bilinear layer (w, v, p) of `rank` neurons, the strongest first, and its error after every step."""
 
-    w: Tensor  # [rank, d], rows of norm 1
-    v: Tensor  # [rank, d], rows of norm 1
-    p: Tensor  # [o, rank]
-    errors: Tensor  # [steps done + 1]: |B - B_rank| / |B|, descending; the first entry is that of the initial terms
+    __slots__ = ()
 
 
 @torch.no_grad()

@@ -12,15 +12,24 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check
+from bilinear_ops.results import Result
 
 GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
 
 
-class EvenOdd(NamedTuple):
+class EvenOdd(
+    Result,
+    NamedTuple(
+        "EvenOdd",
+        [
+            ("even", Tensor),
+            ("odd", Tensor),
+        ],
+    ),
+):
     """fn(x) = even + odd; at -x the even part is the same and the odd part is negated."""
 
-    even: Tensor
-    odd: Tensor
+    __slots__ = ()
 
 
 def glu_gates(

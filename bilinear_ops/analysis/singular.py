@@ -10,18 +10,27 @@ from torch import Tensor
 from bilinear_ops._check import check, check_integers
 from bilinear_ops.composite.blockwise import recompute
 from bilinear_ops.interaction.gram import neuron_gram
+from bilinear_ops.results import Result
 
 MODES = ("output", "input")
 TILE = 512  # neurons on each side of a tile of the Gram matrices
 CONDITION = 1e-4  # ratio of singular values below which their squares lose too many digits of float64
 
 
-class HOSVD(NamedTuple):
+class HOSVD(
+    Result,
+    NamedTuple(
+        "HOSVD",
+        [
+            ("U", Tensor),  # [o, rank], or [d, rank] in input mode
+            ("S", Tensor),  # [rank]
+            ("norm", Tensor),  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
+        ],
+    ),
+):
     """The strongest output (or input) directions of B as columns, with their singular values, descending."""
 
-    U: Tensor  # [o, rank], or [d, rank] in input mode
-    S: Tensor  # [rank]
-    norm: Tensor  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
+    __slots__ = ()
 
 
 def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -> HOSVD:

@@ -15,6 +15,7 @@ from bilinear_ops._check import check, check_finite, check_integers
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.gated import gated_mlp
+from bilinear_ops.results import Result
 
 SAMPLES = 512  # random inputs whose outputs show the strongest output directions
 OUTPUTS, RITZ = 64, 4  # output directions that give seeds, and seeds of each
@@ -27,11 +28,19 @@ SAME = 0.99  # |cosine| from which two end points count as one maximum
 ANGLES, NEWTON = 32, 4  # a line search: angles tried, and Newton steps from the best of them
 
 
-class StrongestDirections(NamedTuple):
+class StrongestDirections(
+    Result,
+    NamedTuple(
+        "StrongestDirections",
+        [
+            ("vectors", Tensor),
+            ("strengths", Tensor),
+        ],
+    ),
+):
     """Unit inputs `[m, d]` at distinct local maxima of |B(x, x)|, and the maxima `[m]`, descending."""
 
-    vectors: Tensor
-    strengths: Tensor
+    __slots__ = ()
 
 
 @_op.without_autocast

@@ -13,15 +13,19 @@ from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
 from bilinear_ops.composite.blockwise import blocks
 from bilinear_ops.interaction.forms import eigen_form
 from bilinear_ops.interaction.gram import neuron_gram
-from bilinear_ops.results import Directions
+from bilinear_ops.results import Directions, Result
 
 
-class QuadraticLayer(NamedTuple):
-    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2; without `outputs`, y_k is the inner sum."""
-
+class _QuadraticLayer(NamedTuple):
     values: Tensor  # [K, r]
     vectors: Tensor  # [K, r, d]
     outputs: Tensor | None = None  # [o, K]
+
+
+class QuadraticLayer(Result, _QuadraticLayer):
+    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2; without `outputs`, y_k is the inner sum."""
+
+    __slots__ = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., d]` to y `[..., o]`."""
@@ -76,11 +80,19 @@ def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
     return (outputs + (against - outputs @ gram) @ inverse).to(dtype)  # refined: the Gram squares the condition
 
 
-class TruncationCorrelation(NamedTuple):
+class TruncationCorrelation(
+    Result,
+    NamedTuple(
+        "TruncationCorrelation",
+        [
+            ("corr", Tensor),  # [K, n]: of the first 1, ..., n eigenvectors; NaN if form or target is constant
+            ("count", Tensor),  # [K], int64: number of tokens; hides tuple.count
+        ],
+    ),
+):
     """Pearson correlations of truncated quadratic forms with their targets, by number of eigenvectors."""
 
-    corr: Tensor  # [K, n]: of the first 1, ..., n eigenvectors; NaN if form or target is constant
-    count: Tensor  # type: ignore[assignment]  # [K], int64: number of tokens; hides tuple.count
+    __slots__ = ()
 
 
 @torch.no_grad()

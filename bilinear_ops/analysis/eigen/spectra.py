@@ -18,13 +18,25 @@ from bilinear_ops.analysis.eigen.operators import product
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.composite.blockwise import widen
-from bilinear_ops.results import Directions, coefficients
+from bilinear_ops.results import Directions, Result, coefficients
 
 WHICH = ("abs", "positive", "negative", "both")
 METHODS = ("auto", "dense", "iterative")
 
 
-class EigenPairs(NamedTuple):
+class EigenPairs(
+    Result,
+    NamedTuple(
+        "EigenPairs",
+        [
+            ("values", Tensor),
+            ("vectors", Tensor),
+            ("residuals", Tensor),
+            ("converged", Tensor),
+            ("next_abs", Tensor),
+        ],
+    ),
+):
     """Eigenpairs of K symmetric matrices, and their accuracy.
 
     Args:
@@ -35,11 +47,7 @@ class EigenPairs(NamedTuple):
         next_abs: `[K]`, the largest |lambda| left out; |error in x^T Q x| <= next_abs |x|^2.
     """
 
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    converged: Tensor
-    next_abs: Tensor
+    __slots__ = ()
 
 
 @sharded("K", over="K", w="h d", v="h d", c="K h", basis="d F")
