@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check
+from bilinear_ops._check import check, check_finite
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.interaction.gram import layer_inner
 from bilinear_ops.results import Layer, Result
@@ -115,10 +115,11 @@ def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpressi
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: directions that do not have full rank, or that do not span the layer's outputs.
+        ValueError: directions that are not finite, do not have full rank, or do not span the layer's outputs.
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "K o"))
     dtype = torch.promote_types(w.dtype, torch.float32)
+    check_finite(directions=directions)
     most = max(sizes["K"], sizes["o"])
     w, v, p, u = w.double(), v.double(), p.double(), directions.double()
     q, r = torch.linalg.qr(u if sizes["K"] >= sizes["o"] else u.t())

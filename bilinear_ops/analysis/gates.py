@@ -73,6 +73,17 @@ def glu_gates(
     return torch.sigmoid(beta * z)
 
 
+def respond(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """fn(x) `[..., o]` for x `[..., d]`, checked."""
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    y = fn(x)
+    check(**{"fn(x)": (y, "... o")})
+    if y.shape[:-1] != x.shape[:-1]:
+        raise RuntimeError(f"fn(x) must have shape {[*x.shape[:-1], 'o']}, got {list(y.shape)}")
+    return y
+
+
 def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
     """fn(x) as [fn(x) + fn(-x)] / 2 plus [fn(x) - fn(-x)] / 2.
 
@@ -94,8 +105,9 @@ def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
         `EvenOdd(even, odd)`, `[..., o]` each; differentiable.
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        RuntimeError: x without dimensions; fn's outputs of another shape than `[..., o]`.
+        TypeError: x or fn's output that is not a floating-point tensor; fn that cannot be called.
     """
     check(x=(x, "... d"))
-    there, back = fn(x), fn(-x)
+    there, back = respond(fn, x), respond(fn, -x)
     return EvenOdd(0.5 * (there + back), 0.5 * (there - back))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops.analysis.gates import respond
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.gated import gated_mlp
@@ -257,9 +258,10 @@ def strength(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         `[...]`, differentiable; float32 for half precision. NaN at x = 0.
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        RuntimeError: x without dimensions; fn's outputs of another shape than `[..., o]`.
+        TypeError: x or fn's output that is not a floating-point tensor; fn that cannot be called.
     """
     check(x=(x, "... d"))
-    y = fn(x)
+    y = respond(fn, x)
     wide = torch.promote_types(y.dtype, torch.float32)
     return y.to(wide).norm(dim=-1) / x.to(wide).square().sum(-1)
