@@ -97,6 +97,13 @@ def check_reals(*, positive: bool = False, **arguments: object) -> None:
             raise ValueError(f"{name} must be above 0, got {n}")
 
 
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ValueError for NaN and infinite entries, where an algorithm would not end or LAPACK would refuse."""
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{name} must be finite")
+
+
 def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> None:
     """Check tensors that act on `first` in a float dtype of their own: masks, gates, deltas.
 

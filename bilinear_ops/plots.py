@@ -1,15 +1,19 @@
 """Figures of interaction matrices and their eigenvectors: tensors in, a `matplotlib.figure.Figure` out.
 
-A figure is independent of pyplot: `plots.spectrum(values).savefig("spectrum.png")`. Colours are safe for colour-blind
-readers. Signed values have a diverging map centred at zero; blue is positive. Every function needs matplotlib, and
-raises ModuleNotFoundError without it.
+A figure is independent of pyplot: `plots.spectrum(values).savefig("spectrum.png")`. A notebook shows the figure that a
+cell ends with. Labels are strings or integers. Colours are safe for colour-blind readers. Signed values have a
+diverging map centred at zero; blue is positive. Every function needs matplotlib, and raises ModuleNotFoundError
+without it.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +25,7 @@ from bilinear_ops.analysis.clusters import interaction_clusters
 __all__ = ["cluster", "eigenvectors", "interactions", "similarity", "spectrum", "truncation"]
 
 Figure = Any  # matplotlib.figure.Figure, imported at the first call
+Labels = Sequence[str | int]
 
 SIGNED = "RdBu"
 MAGNITUDE = "cividis"
@@ -31,7 +36,7 @@ LABELLED = 40  # the most rows of a heat map whose names can be read
 cluster = interaction_clusters  # former name
 
 
-def spectrum(values: Tensor, *, labels: Sequence[str] | None = None) -> Figure:
+def spectrum(values: Tensor, *, labels: Labels | None = None) -> Figure:
     """Plot eigenvalues in descending order, one line for each output ([P] 4.1).
 
     Args:
@@ -57,7 +62,7 @@ def eigenvectors(
     shape: tuple[int, int],
     *,
     values: Tensor | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Labels | None = None,
 ) -> Figure:
     """Show eigenvectors as images, one row for each output ([P] 4.1). Each image has its own scale, white at zero.
 
@@ -91,7 +96,7 @@ def eigenvectors(
     return figure
 
 
-def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: int | None = None) -> Figure:
+def interactions(q: Tensor, *, labels: Labels | None = None, clusters: int | None = None) -> Figure:
     """Draw a heat map of one interaction matrix, white at zero ([P] section 5).
 
     Args:
@@ -128,16 +133,16 @@ def interactions(q: Tensor, *, labels: Sequence[str] | None = None, clusters: in
 def truncation(
     scores: Tensor,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Labels | None = None,
     full: Tensor | None = None,
     ylabel: str = "accuracy",
 ) -> Figure:
     """Plot scores of truncated layers against the number of eigenvectors kept ([P] 4.2).
 
     Args:
-        scores: `[M, n]`, for M layers with 1 to n eigenvectors kept.
+        scores: `[M, n]`, for M layers with 1 to n eigenvectors kept; or `[n]` for one, as `truncation_curve` returns.
         labels: names of the M lines.
-        full: `[M]`, any float dtype: the scores of the layers without truncation, drawn as dashed lines.
+        full: `[M]` or `[]`, any float dtype: the scores of the layers without truncation, drawn as dashed lines.
         ylabel: name of the score.
 
     Raises:
@@ -145,6 +150,8 @@ def truncation(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: a wrong number of labels.
     """
+    if isinstance(scores, Tensor) and scores.dim() == 1:
+        scores = scores[None]
     sizes = check(scores=(scores, "M n"))
     check_beside(scores, full=(full, (sizes["M"],)))
     figure = _figure(6, 3.6)
@@ -186,7 +193,16 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('bilinear_ops.plots needs matplotlib: pip install "bilinear-ops[plots]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    """What a notebook asks for: matplotlib's figures show themselves only if pyplot has made them."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def _signed_image(axes: Any, image: Tensor) -> Any:
@@ -208,10 +224,18 @@ def _lines(axes: Any, curves: Tensor, names: Sequence[str]) -> list[Any]:
     return lines
 
 
-def _names(labels: Sequence[str] | None, count: int) -> list[str]:
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels must be {count} names, got {len(labels)}")
-    return list(labels or ())
+def _names(labels: Labels | None, count: int) -> list[str]:
+    if labels is None:
+        return []
+    if not isinstance(labels, Iterable):
+        raise TypeError(f"labels must be strings or integers, got {type(labels).__name__}")
+    names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    for name in names:
+        if not isinstance(name, str) and (isinstance(name, bool) or not hasattr(name, "__index__")):
+            raise TypeError(f"labels must be strings or integers, got {type(name).__name__}")
+    if len(names) != count:
+        raise ValueError(f"labels must be {count} names, got {len(names)}")
+    return [name if isinstance(name, str) else str(operator.index(name)) for name in names]
 
 
 def _ink(level: Tensor) -> str:

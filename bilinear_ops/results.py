@@ -5,8 +5,10 @@ Everything may import this module; it imports nothing of the package.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TypeAlias
 
+import torch
 from torch import Tensor
 
 Layer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # (w, v, p) of a bilinear layer
@@ -22,7 +24,50 @@ REDUCTIONS = ("sum", "cumsum", "none")
 SAMPLINGS = ("continuous", "binomial")
 
 
-class Directions(NamedTuple):
+class Result:
+    """What named tuples of tensors have in common: `to` and `detach`; `torch.load` takes them by default.
+
+    Their fields are tensors, None, and tuples of those.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        torch.serialization.add_safe_globals([cls])
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """All tensors moved to a device, and floating-point ones cast to a dtype; as `torch.nn.Module.to`."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None, non_blocking)
+
+        return _map(moved, self)
+
+    def detach(self) -> Self:
+        """All tensors without their graphs."""
+        return _map(Tensor.detach, self)
+
+
+def _map(f: Callable[[Tensor], Tensor], found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return f(found)
+    if not isinstance(found, tuple):
+        return found
+    parts = (_map(f, part) for part in found)
+    return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
+
+
+class Directions(
+    Result,
+    NamedTuple(
+        "Directions",
+        [
+            ("u", Tensor),
+            ("p", Tensor),
+        ],
+    ),
+):
     """Stands for the coefficients c = u p `[K, h]` wherever an op takes c, with the low-rank factors kept apart.
 
     Both factors get gradients.
@@ -32,8 +77,7 @@ class Directions(NamedTuple):
         p: `[o, h]` down-projection.
     """
 
-    u: Tensor
-    p: Tensor
+    __slots__ = ()
 
 
 def coefficients(c: Tensor | Directions) -> Tensor:
@@ -41,33 +85,57 @@ def coefficients(c: Tensor | Directions) -> Tensor:
     return c.u @ c.p if isinstance(c, Directions) else c
 
 
-class TopInteractions(NamedTuple):
+class TopInteractions(
+    Result,
+    NamedTuple(
+        "TopInteractions",
+        [
+            ("values", Tensor),
+            ("k", Tensor),
+            ("i", Tensor),
+            ("j", Tensor),
+        ],
+    ),
+):
     """The strongest interactions: their scores and where they are, i <= j; all `[K, n]`, or `[n]` for global scope."""
 
-    values: Tensor
-    k: Tensor
-    i: Tensor
-    j: Tensor
+    __slots__ = ()
 
 
-class ActiveInteractions(NamedTuple):
+class ActiveInteractions(
+    Result,
+    NamedTuple(
+        "ActiveInteractions",
+        [
+            ("values", Tensor),
+            ("token", Tensor),
+            ("k", Tensor),
+            ("i", Tensor),
+            ("j", Tensor),
+        ],
+    ),
+):
     """Contributions `[T, b, a(a+1)/2]` of each token's active feature pairs i <= j to its active outputs k."""
 
-    values: Tensor
-    token: Tensor
-    k: Tensor
-    i: Tensor
-    j: Tensor
+    __slots__ = ()
 
 
-class InteractionMoments(NamedTuple):
+class InteractionMoments(
+    Result,
+    NamedTuple(
+        "InteractionMoments",
+        [
+            ("sum", Tensor),
+            ("squares", Tensor),
+            ("cubes", Tensor),
+            ("fourths", Tensor),
+            ("max_abs", Tensor),
+        ],
+    ),
+):
     """Power sums and the largest magnitude, `[K]` each, over the entries i <= j of every interaction matrix."""
 
-    sum: Tensor
-    squares: Tensor
-    cubes: Tensor
-    fourths: Tensor
-    max_abs: Tensor
+    __slots__ = ()
 
 
 class Gate(NamedTuple):

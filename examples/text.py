@@ -20,7 +20,7 @@ from text_sae import Codes, TopKSAE
 from torch import Tensor
 
 import bilinear_ops as bo
-from bilinear_ops.analysis import interaction_eigh, truncation_correlation
+from bilinear_ops.analysis import interaction_eigh, layer_weights, truncation_correlation
 
 RANKS = (1, 2, 4, 8)  # numbers of eigenvectors reported
 PAIRS = 15  # pairs of input features that explain an output feature
@@ -66,7 +66,8 @@ class Features(NamedTuple):
     @property
     def layer(self) -> tuple[Tensor, Tensor, bo.Directions]:
         """w, v and c of the layer from the MLP's input to the output features."""
-        return self.mlp.w, self.mlp.v, bo.Directions(self.outputs.encoder, self.mlp.p)
+        w, v, p = layer_weights(self.mlp)
+        return w, v, bo.Directions(self.outputs.encoder, p)
 
     @property
     def basis(self) -> Tensor:
@@ -159,7 +160,8 @@ def activations(model: text_model.Transformer, text: corpus.Corpus, sizes: Sizes
 
 def truncation(mlp: bo.nn.GatedMLP, directions: Tensor, test: Activations, active: int) -> tuple[float, ...]:
     """Correlation of each direction's activation with its top eigenvectors, at RANKS ([P] section 5)."""
-    pairs = interaction_eigh(mlp.w, mlp.v, bo.Directions(directions, mlp.p), max(RANKS))
+    w, v, p = layer_weights(mlp)
+    pairs = interaction_eigh(w, v, bo.Directions(directions, p), max(RANKS))
     codes = text_sae.encode(test.y, directions, active)
     found = truncation_correlation(test.x, pairs, codes.indices, codes.acts)
     by_rank = found.corr[found.count >= ENOUGH].nanmean(0)  # [max(RANKS)]

@@ -51,3 +51,34 @@ def test_empty_sizes(d, h, o):
 def test_errors(call):
     with pytest.raises(RuntimeError, match=r"b_v must have shape \[h=8\], got \[5\]"):
         call(*layer(5, 8, 4), None, torch.ones(5).double())
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_weights_of_a_module_are_all_of_it(bias):
+    module = bo.nn.GatedMLP(4, 6, 3, bias=bias, dtype=torch.float64)
+    w, v, p = analysis.layer_weights(module)
+    x = doubles((7, 4))[0]
+    whole = torch.cat([x, torch.ones(7, 1).double()], 1) if bias else x
+    close(bo.gated_mlp(whole, w, v, p), module(x))
+    assert bias or w is module.w
+    (module(x).sum() - bo.gated_mlp(whole, w, v, p).sum()).backward()
+    assert all(t.grad.abs().max() < 1e-12 for t in module.parameters())
+
+
+def test_an_embedding_is_folded_in_with_the_biases():
+    """The recipe of `layer_weights`: the entries of a token with itself, with the bias, and of the bias."""
+    embedding, module = doubles((9, 4))[0], bo.nn.GatedMLP(4, 6, 3, bias=True, dtype=torch.float64)
+    basis = torch.block_diag(embedding.t(), torch.ones(1, 1).double())
+    w, v, p = analysis.layer_weights(module)
+    q = bo.interaction_matrices(w @ basis, v @ basis, p)
+    tokens = torch.arange(9)
+    close((q[:, tokens, tokens] + 2 * q[:, tokens, -1] + q[:, -1:, -1]).t(), module(embedding))
+
+
+def test_weights_of_other_modules_are_refused():
+    with pytest.raises(ValueError, match="must have no activation to be a quadratic form, got 'silu'"):
+        analysis.layer_weights(bo.nn.GatedMLP(4, 6, activation="silu"))
+    with pytest.raises(TypeError, match="module must be a GatedMLP, got Linear"):
+        analysis.layer_weights(torch.nn.Linear(4, 6))
+    layer = bo.nn.GatedMLP(4, 6, activation="swish", beta=0.0)
+    assert analysis.layer_weights(layer.bilinearise_())[2] is layer.p

@@ -107,3 +107,8 @@ def test_errors():
         analysis.virtual_interactions((w, v, p), (w, v, p), residual=True)
     with pytest.raises(RuntimeError, match=r"directions must have shape \[K, o=4\], got \[4, 5\]"):
         analysis.reexpress(w, v, p, torch.ones(4, 5).double())
+
+
+def test_directions_must_be_finite():
+    with pytest.raises(ValueError, match="directions must be finite"):
+        analysis.reexpress(*layer(4, 6, 3), torch.full((3, 3), torch.nan).double())

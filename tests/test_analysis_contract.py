@@ -3,6 +3,7 @@
 import pkgutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from analysis_inputs import close, layer
@@ -14,7 +15,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def test_every_module_has_a_test():
     rooms = [m.name for m in pkgutil.iter_modules(analysis.__path__)]
-    assert len(rooms) == 11
+    assert len(rooms) == 14
     assert [m for m in rooms if not Path(__file__).with_name(f"test_analysis_{m}.py").exists()] == []
 
 
@@ -73,3 +74,26 @@ def test_autocast_changes_nothing():
         with torch.autocast("cpu", torch.bfloat16):
             found = call()
         assert all(map(torch.equal, found, expected))
+
+
+INTEGERS = {
+    "hosvd": lambda w, v, p, n: analysis.hosvd(w, v, p, n),
+    "cp_decompose": lambda w, v, p, n: analysis.cp_decompose(w, v, p, n, steps=n, inner_steps=n, restarts=n),
+    "interaction_eigh": lambda w, v, p, n: analysis.interaction_eigh(w, v, p, n, chunk_bytes=n),
+    "truncate": lambda w, v, p, n: analysis.truncate(w, v, p, n),
+    "strongest_directions": lambda w, v, p, n: analysis.strongest_directions(w, v, p, n, steps=n),
+    "interaction_clusters": lambda w, v, p, n: analysis.interaction_clusters(w.t() @ w, n),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_of_any_kind_and_nothing_else(name):
+    inputs = layer(5, 8, 4)
+    expected, found = (INTEGERS[name](*inputs, n) for n in (2, np.int64(2)))
+    if name == "interaction_clusters":
+        assert found == expected
+    else:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for bad in (2.0, np.float64(2), float("nan"), True, "2"):
+        with pytest.raises(TypeError, match="must be an int, got"):
+            INTEGERS[name](*inputs, bad)

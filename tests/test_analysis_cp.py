@@ -5,6 +5,7 @@ import torch
 from analysis_inputs import close, doubles, layer, tensor
 
 from bilinear_ops import analysis
+from bilinear_ops.analysis import cp
 
 
 def dense_p(b, w, v):
@@ -129,5 +130,42 @@ def test_errors():
         analysis.cp_decompose(w, v, p, 3, init=(w[:3], v[:2]))
     with pytest.raises(TypeError, match="rank must be an int, got float"):
         analysis.cp_decompose(w, v, p, 2.0)
-    with pytest.raises(ValueError, match="must not be negative, got -1, 10 and"):
+    with pytest.raises(ValueError, match="must not be negative, got -1, 10, 0 and"):
         analysis.cp_decompose(w, v, p, 2, steps=-1)
+
+
+def test_restarts_keep_the_best():
+    better = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        w, v, p = layer(10, 30, 10)
+        fits = [analysis.cp_decompose(w, v, p, 4, restarts=n) for n in (0, 3, 3, 6)]
+        assert torch.equal(fits[1].w, fits[2].w), "the same in every call"
+        errors = [fit.errors[-1] for fit in fits]
+        assert errors == sorted(errors, reverse=True)
+        better += int(errors[3] < 0.999 * errors[0])
+        b = tensor(w, v, p)
+        close((b - tensor(*fits[3][:3])).norm() / b.norm(), errors[3], 1e-7)
+    assert better
+
+
+def test_restarts_pass_over_dead_neurons():
+    w, v, p = layer(6, 12, 5)
+    p[:, 4:] = 0
+    a, _ = cp._random_neurons(w, v, p, 4, 0)
+    assert sorted(a[:, 0].tolist()) == sorted(w[:4, 0].tolist())
+
+
+def test_what_cannot_be_fitted_is_refused():
+    w, v, p = layer(6, 12, 5)
+    with pytest.raises(ValueError, match="v must be finite"):
+        analysis.cp_decompose(w, torch.nan * v, p, 2)
+    with pytest.raises(ValueError, match="restarts and tol must not be negative, got 100, 10, 0 and nan"):
+        analysis.cp_decompose(w, v, p, 2, tol=float("nan"))
+    with pytest.raises(ValueError, match="must not be negative, got 100, 10, -1"):
+        analysis.cp_decompose(w, v, p, 2, restarts=-1)
+    with pytest.raises(ValueError, match="rank must be at most h=12 with restarts, got 13"):
+        analysis.cp_decompose(w, v, p, 13, init=doubles((13, 6), (13, 6)), restarts=1)
+    for restarts in (1.0, True, float("nan")):
+        with pytest.raises(TypeError, match="restarts must be an int"):
+            analysis.cp_decompose(w, v, p, 2, restarts=restarts)

@@ -1,7 +1,5 @@
 """Eigenpairs of interaction matrices and their gradients, against dense decompositions in float64."""
 
-import sys
-
 import pytest
 import torch
 from analysis_inputs import layer
@@ -309,30 +307,3 @@ def test_what_is_not_finite_stays_with_its_direction(h, d, method, bad):
     )
     w[3, 4] = bad
     assert not interaction_eigh(w, v, c, 2, method=method).converged.any()
-
-
-def test_progress(monkeypatch):
-    w, v, c = layer(5, 4, 3)
-    bars = []
-
-    class Bar:
-        def __init__(self, total, unit, disable):
-            assert not disable
-            self.total, self.done, self.closed = total, 0, False
-            bars.append(self)
-
-        def update(self, n):
-            self.done += n
-
-        def close(self):
-            self.closed = True
-
-    monkeypatch.setitem(sys.modules, "tqdm.auto", type("module", (), {"tqdm": Bar}))
-    monkeypatch.setitem(sys.modules, "tqdm", type("module", (), {}))
-    interaction_eigh(w, v, c, 1, chunk_bytes=1)
-    assert not bars
-    interaction_eigh(w, v, c, 1, chunk_bytes=1, progress=True)
-    assert [(bar.total, bar.done, bar.closed) for bar in bars] == [(3, 3, True)]
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install tqdm"):
-        interaction_eigh(w, v, c, 1, progress=True)

@@ -129,3 +129,19 @@ def test_even_odd_split_of_parities():
     close(even, x.square())
     close(odd, x**3)
     assert torch.autograd.gradcheck(lambda x: tuple(analysis.even_odd_split(torch.exp, x)), x.requires_grad_())
+
+
+@pytest.mark.parametrize("function", (analysis.even_odd_split, analysis.strength))
+def test_functions_are_checked(function):
+    x = doubles((7, 5))[0]
+    for fn, error, message in (
+        (x, TypeError, "fn must be callable, got Tensor"),
+        (lambda x: 1.0, TypeError, r"fn\(x\) must be a torch.Tensor, got float"),
+        (lambda x: x > 0, TypeError, r"fn\(x\) must be float64"),
+        (lambda x: x.sum(0), RuntimeError, r"fn\(x\) must have shape \[7, 'o'\], got \[5\]"),
+        (lambda x: x.sum(), RuntimeError, r"fn\(x\) must have shape"),
+    ):
+        with pytest.raises(error, match=message):
+            function(fn, x)
+    with pytest.raises(RuntimeError, match=r"x must have shape \[..., d\], got \[\]"):
+        function(torch.relu, x.sum())

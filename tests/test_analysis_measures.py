@@ -33,3 +33,15 @@ def test_adversarial_masks():
     torch.testing.assert_close(adversarial_masks(repeated).sum(0), masks.sum(0))
     assert adversarial_masks(randn(0, 9)).shape == (0, 9)
     assert adversarial_masks(randn(4, 9).bfloat16()).dtype == torch.bfloat16
+
+
+def test_masks_of_what_is_not_finite():
+    """NaN for that output alone, and no error of LAPACK's."""
+    vectors = randn(3, 2, 5)
+    expected = adversarial_masks(vectors)
+    for bad in (torch.nan, torch.inf):
+        broken = vectors.clone()
+        broken[1, 0, 2] = bad
+        found = adversarial_masks(broken)
+        assert found[1].isnan().all()
+        torch.testing.assert_close(found[::2], expected[::2])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analysis_inputs import close, layer, tensor
+from analysis_inputs import close, doubles, layer, tensor
 
 import bilinear_ops as bo
 from bilinear_ops import analysis
@@ -60,3 +60,39 @@ def test_errors():
         analysis.layer_similarity(w, v, p, w, v, p, measure="cosine")
     with pytest.raises(RuntimeError, match=r"p2 must have shape \[o=4, h2=8\], got \[3, 8\]"):
         analysis.layer_similarity(w, v, p, w, v, p[:3])
+
+
+def test_gaussian_similarity_of_affine_parts():
+    """Against a rule of normal inputs that is exact to degree 5 in each, where products of outputs have degree 4."""
+    d, o = 3, 4
+    first, second = layer(d, 6, o), layer(d, 5, o)
+    l1, l2, c1, c2 = doubles((o, d), (o, d), (o,), (o,))
+    x = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0]).double()] * d) * 3**0.5  # Gauss and Hermite's nodes
+    weights = torch.where(x == 0, 2 / 3, 1 / 6 * torch.ones_like(x)).prod(1)
+
+    def inner(a, b):
+        ya, yb = (bo.gated_mlp(x, *t[0]) + (0 if t[1] is None else x @ t[1].t()) + t[2] for t in (a, b))
+        return (weights[:, None] * ya * yb).sum()
+
+    zero = torch.zeros(o).double()
+    for f, s in (((l1, c1), (l2, c2)), ((l1, None), (None, c2)), ((None, c1), (l2, None))):
+        one = (first, f[0], zero if f[1] is None else f[1])
+        two = (second, s[0], zero if s[1] is None else s[1])
+        expected = inner(one, two) / (inner(one, one) * inner(two, two)).sqrt()
+        close(analysis.layer_similarity(*first, *second, measure="gaussian", affine1=f, affine2=s), expected)
+
+
+def test_a_biased_layer_is_compared_as_it_computes():
+    w, v, p = layer(4, 6, 4)
+    biases = doubles((6,), (6,), (4,))
+    terms = analysis.bias_terms(w, v, p, *biases)
+    residual = (terms.linear + torch.eye(4).double(), terms.constant)
+    swapped = analysis.layer_similarity(w, v, p, v, w, p, measure="gaussian", affine1=residual, affine2=residual)
+    close(swapped, torch.tensor(1.0).double())
+    assert analysis.layer_similarity(w, v, p, w, v, p, measure="gaussian", affine1=residual) < 0.999
+    with pytest.raises(ValueError, match="affine part needs"):
+        analysis.layer_similarity(w, v, p, w, v, p, affine1=residual)
+    with pytest.raises(TypeError, match=r"affine2 must be \(linear, constant\), got Tensor"):
+        analysis.layer_similarity(w, v, p, w, v, p, measure="gaussian", affine2=w)
+    with pytest.raises(RuntimeError, match=r"affine1\[0\] must have shape"):
+        analysis.layer_similarity(w, v, p, w, v, p, measure="gaussian", affine1=(w, None))

@@ -112,3 +112,13 @@ def test_errors():
             analysis.hosvd(w, v, p, rank, mode=mode)
     with pytest.raises(TypeError, match="rank must be an int, got float"):
         analysis.hosvd(w, v, p, 2.0)
+
+
+@pytest.mark.parametrize("mode", ("output", "input"))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_weights_that_are_not_finite_give_nan(mode, bad):
+    w, v, p = layer(4, 6, 5)
+    v[2, 1] = bad
+    found = analysis.hosvd(w, v, p, 3, mode=mode)
+    assert [t.shape for t in found] == [t.shape for t in analysis.hosvd(w, w, p, 3, mode=mode)]
+    assert all(t.isnan().all() for t in found)

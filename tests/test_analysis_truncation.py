@@ -151,3 +151,9 @@ def test_errors():
         truncation_correlation(x, pairs, labels[:, None].int(), x[:, :1])
     with pytest.raises(RuntimeError, match=r"indices must have shape \[6, 2\]"):
         truncation_correlation(x, pairs, labels[:, None], x[:, :2])
+
+
+def test_refitting_what_is_not_finite_gives_nan():
+    w, v, p = layer(4, 6, 3)
+    v[0, 0] = torch.nan
+    assert truncate(w, v, p, 2, refit=True).outputs.isnan().all()

@@ -32,7 +32,14 @@ MAY_IMPORT = {
     },
     "nn": {"torch", "bilinear_ops.results", "bilinear_ops.ops"},
     "init": {"torch", "bilinear_ops.nn"},
-    "analysis": {"torch", "tqdm", "bilinear_ops.results", "bilinear_ops.composite", "bilinear_ops.ops"},
+    "analysis": {
+        "torch",
+        "tqdm",
+        "bilinear_ops.results",
+        "bilinear_ops.composite",
+        "bilinear_ops.nn",
+        "bilinear_ops.ops",
+    },
     "testing": {"torch", "bilinear_ops.reference"},
 }
 ABOVE = {"__init__", "__main__", "demo", "environment", "integrations", "plots"}  # anything but kernels

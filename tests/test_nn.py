@@ -41,10 +41,56 @@ def test_beta_is_the_layers_own():
     assert "beta" not in repr(bo.nn.GatedMLP(3, 4, activation="swish", device="meta"))  # its value is not known
 
 
-def test_trainable_beta():
-    layer = bo.nn.GatedMLP(3, 4, activation="swish", beta=nn.Parameter(torch.tensor(0.5)))
-    layer(randn(5, 3)).sum().backward()
-    assert "beta" in dict(layer.named_parameters()) and layer.beta.grad is not None
+@pytest.mark.parametrize("shape", ((), (1,)))
+def test_trainable_beta(shape):
+    """Stored as [1], which FSDP2 can shard; the caller's Parameter is the layer's, and layers may share it."""
+    beta = nn.Parameter(torch.full(shape, 0.5))
+    layer, other = (bo.nn.GatedMLP(3, 4, activation="swish", beta=beta) for _ in range(2))
+    x = randn(5, 3)
+    expected = bo.reference.gated_mlp(x, layer.w, layer.v, layer.p, activation="swish", beta=0.5)
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.beta is beta is other.beta and beta.shape == (1,) and beta.grad.shape == (1,)
+    assert "beta" in dict(layer.named_parameters())
+
+
+def test_beta_is_checked():
+    for beta in (torch.ones(2), nn.Parameter(torch.ones(1, 1))):
+        with pytest.raises(RuntimeError, match=r"beta must be a float or have shape \[\] or \[1\], got"):
+            bo.nn.GatedMLP(3, 4, activation="swish", beta=beta)
+    with pytest.raises(TypeError, match="beta must be a float or a tensor, got str"):
+        bo.nn.GatedMLP(3, 4, activation="swish", beta="0.5")
+
+
+@pytest.mark.parametrize("trained", (False, True))
+@pytest.mark.parametrize("shape", ((), (1,)))
+def test_checkpoints_of_both_shapes_of_beta_load(trained, shape):
+    beta = nn.Parameter(torch.tensor(1.0)) if trained else 1.0
+    model = nn.Sequential(bo.nn.GatedMLP(3, 4, activation="swish", beta=beta))
+    kept = model[0].beta.shape
+    saved = {**model.state_dict(), "0.beta": torch.full(shape, 0.25)}
+    model.load_state_dict(saved)
+    assert model[0].beta.item() == 0.25 and model[0].beta.shape == kept and saved["0.beta"].shape == shape
+
+
+@pytest.mark.parametrize("beta", (0.5, torch.tensor(0.5), nn.Parameter(torch.tensor(0.5))))
+def test_meta_initialisation_reaches_every_tensor(beta):
+    """`to_empty` leaves memory as it was, here NaN; `reset_parameters` must write all of it."""
+    layer = bo.nn.GatedMLP(3, 4, activation="swish", beta=beta, bias=True, device="meta")
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*layer.parameters(), *layer.buffers()):
+            t.fill_(torch.nan)
+    layer.reset_parameters()
+    assert all(t.isfinite().all() for t in (*layer.parameters(), *layer.buffers()))
+    assert layer.beta.item() == 0.5
+
+
+def test_a_beta_without_a_value_starts_at_one():
+    beta = nn.Parameter(torch.empty((), device="meta"))
+    layer = bo.nn.GatedMLP(3, 4, activation="swish", beta=beta, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.beta.item() == 1
 
 
 @pytest.mark.parametrize("bias", (False, True))
@@ -101,6 +147,70 @@ def test_from_linear_checks_sizes_and_dtypes():
         bo.nn.GatedMLP.from_linear(gate=half, up=nn.Linear(3, 4), down=nn.Linear(4, 3), activation="silu")
     with pytest.raises(ValueError, match=r"got \[5, 3\], \[4, 3\], \[3, 4\]"):
         bo.nn.GatedMLP.from_linear(gate=nn.Linear(3, 5), up=nn.Linear(3, 4), down=nn.Linear(4, 3), activation="silu")
+
+
+class Adapted(nn.Module):
+    """As adapters do it: the weight of the Linear shows, what is added to it does not."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + 1
+
+
+def hooked(register):
+    linear = nn.Linear(3, 4)
+    getattr(linear, register)(lambda *_: None)
+    return linear
+
+
+def patched():
+    linear = nn.Linear(3, 4)
+    linear.forward = lambda x: x
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (Adapted(nn.Linear(3, 4)), r"got test_nn\.Adapted: merge adapters"),
+        (type("Quantised", (nn.Linear,), {})(3, 4), r"got \w+\.Quantised: merge"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "got .*ParametrizedLinear: merge"),
+        (hooked("register_forward_pre_hook"), "got one with hooks: remove them"),
+        (hooked("register_forward_hook"), "got one with hooks: remove them"),
+        (hooked("register_full_backward_pre_hook"), "got one with hooks: remove them"),
+        (hooked("register_full_backward_hook"), "got one with hooks: remove them"),
+        (patched(), "got one whose forward is replaced"),
+        (torch.ones(4, 3), r"got torch\.Tensor"),
+    ],
+)
+@pytest.mark.parametrize("name", ("gate", "up"))
+def test_from_linear_refuses_what_it_would_drop(name, linear, message):
+    linears = {"gate": nn.Linear(3, 4), "up": nn.Linear(3, 4), "down": nn.Linear(4, 3), name: linear}
+    with pytest.raises(TypeError, match=rf"{name} must be a plain torch\.nn\.Linear, {message}"):
+        bo.nn.GatedMLP.from_linear(**linears, activation="silu")
+
+
+def test_from_packed_refuses_what_it_would_drop():
+    with pytest.raises(TypeError, match="gate_up must be a plain torch.nn.Linear, got one with hooks"):
+        gate_up = hooked("register_forward_hook")
+        bo.nn.GatedMLP.from_packed(gate_up=gate_up, down=nn.Linear(2, 3), activation="silu")
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_to_linear_is_the_way_back(bias):
+    layer = bo.nn.GatedMLP(3, 4, 2, activation="silu", bias=bias)
+    gate, up, down = layer.to_linear()
+    x = randn(5, 3)
+    torch.testing.assert_close(down(up(x) * nn.functional.silu(gate(x))), layer(x))
+    assert [type(m) for m in (gate, up, down)] == [nn.Linear] * 3
+    assert (up.in_features, up.out_features, down.in_features, down.out_features) == (3, 4, 4, 2)
+    again = bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, activation="silu")
+    for name, t in layer.named_parameters():
+        assert again.get_parameter(name) is t
+    assert len(list(again.parameters())) == len(list(layer.parameters()))
 
 
 @pytest.mark.parametrize("kind", (bo.nn.GatedBilinear, bo.nn.GatedMLP))

@@ -93,3 +93,33 @@ def test_stochastic_embedding_is_that_of_one_hot_tokens(options):
         torch.testing.assert_close(got, wanted)
     with pytest.raises(ValueError, match="delta needs weight"):
         bo.nn.Rank1Embedding(11, 4, 9).stochastic(tokens, gates, seed=1, delta="uniform")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tokens": torch.ones(5)}, TypeError, "tokens must be an int64 or int32 tensor, got torch.float32"),
+        ({"tokens": [1, 2]}, TypeError, "tokens must be an int64 or int32 tensor, got list"),
+        ({"tokens": torch.full((5,), 6)}, IndexError, "tokens must be at least 0 and below 6, got 6 to 6"),
+        ({"tokens": torch.full((5,), -1)}, IndexError, "tokens must be at least 0 and below 6, got -1"),
+        ({"tokens": torch.zeros(5, device="meta").long()}, RuntimeError, "tokens must be on the device of the module"),
+        ({"mask": torch.ones(4, 9)}, RuntimeError, r"mask must broadcast to \[5, 9\], got \[4, 9\]"),
+        ({"mask": torch.ones(2, 5, 9)}, RuntimeError, r"mask must broadcast to \[5, 9\], got \[2, 5, 9\]"),
+        ({"mask": torch.ones(9).bool()}, TypeError, "mask must be float64"),
+        ({"delta": torch.ones(4)}, RuntimeError, r"delta must broadcast to \[5\], got \[4\]"),
+        ({"delta": 1.0}, TypeError, r"delta must be a torch\.Tensor, got float"),
+        ({"routing": torch.ones(5)}, TypeError, "routing must be a bool tensor, got torch.float32"),
+        ({"routing": torch.ones(4).bool()}, RuntimeError, r"routing must broadcast to \[5\], got \[4\]"),
+    ],
+)
+def test_embedding_checks_like_the_linear_layer(options, error, message):
+    module = bo.nn.Rank1Embedding(6, 4, 9, weight=randn(6, 4))
+    with pytest.raises(error, match=message):
+        module(**{"tokens": torch.zeros(5).long(), **options})
+
+
+def test_embedding_takes_what_broadcasts():
+    module = bo.nn.Rank1Embedding(6, 4, 9, weight=randn(6, 4))
+    tokens, mask = torch.tensor([[1, 2, 5]]), torch.rand(9)
+    expected = module(tokens, mask.expand(1, 3, 9), delta=torch.full((1, 3), 0.5))
+    torch.testing.assert_close(module(tokens.int(), mask, delta=torch.tensor(0.5)), expected)

@@ -1,8 +1,10 @@
 """Figures show what they are given: their data, scales and marks, read back from the drawing."""
 
 import itertools
+import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from bilinear_ops import plots
 from bilinear_ops.analysis import interaction_clusters
 from bilinear_ops.testing import randn
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 
 
 def curves(axes):
@@ -115,12 +117,95 @@ def test_any_tensor_can_be_drawn():
     assert curves(axes).shape == (2, 3) and axes.get_legend() is None
 
 
+def test_truncation_of_one_layer():
+    curve = torch.rand(6)
+    (axes,) = plots.truncation(curve, full=torch.tensor(0.5)).axes
+    torch.testing.assert_close(curves(axes), curve[None].double())
+    assert axes.get_lines()[0].get_xdata().tolist() == [1, 2, 3, 4, 5, 6] and levels(axes) == [0.5]
+    assert axes.get_xlabel() == "eigenvectors kept for each output" and axes.get_ylabel() == "accuracy"
+
+
+@pytest.mark.parametrize("labels", (range(3, 5), [3, 4], torch.tensor([3, 4]), np.array([3, 4]), ["3", 4], (3, 4)))
+def test_labels_are_strings_or_integers(labels):
+    assert names(plots.spectrum(randn(2, 5), labels=labels).axes[0]) == ["3", "4"]
+
+
+def test_axes_say_what_they_show():
+    (axes,) = plots.spectrum(randn(2, 5)).axes
+    assert axes.get_xlabel() == "eigenvector, from the most positive to the most negative"
+    assert axes.get_ylabel() == "eigenvalue"
+    axes, bar = plots.similarity(randn(4, 3, 7), randn(4, 2, 7)).axes
+    assert axes.get_ylabel() == "eigenvector of the first" and axes.get_xlabel() == "eigenvector of the second run"
+    assert [[tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels())] == [
+        ["1", "2", "3"],
+        ["1", "2"],
+    ]
+    assert axes.get_yticks().tolist() == [0, 1, 2] and axes.get_xticks().tolist() == [0, 1]
+    assert bar.get_ylabel() == "mean |cos|"
+    assert [text.get_position() for text in axes.texts[:3]] == [(0, 0), (1, 0), (0, 1)]
+    q = torch.arange(9.0).view(3, 3)
+    axes, _bar = plots.interactions(q, labels=[7, 8, 9]).axes
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == ["7", "8", "9"]
+    assert {tick.get_rotation() for tick in axes.get_xticklabels()} == {90}
+    assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [0, 1, 2]
+
+
+def test_images_are_upright():
+    """Row 0 above, column 0 at the left: the first of a heat map's pixels, and of an eigenvector's."""
+    heat, image, cosines = (
+        plots.interactions(randn(3, 3)),
+        plots.eigenvectors(randn(1, 1, 12), (3, 4)),
+        plots.similarity(randn(2, 3, 4), randn(2, 2, 4)),
+    )
+    for figure in (heat, image, cosines):
+        axes = figure.axes[0]
+        (top, bottom), (left, right) = axes.get_ylim()[::-1], axes.get_xlim()
+        assert top < bottom and left < right
+        assert axes.get_images()[0].origin == "upper"
+
+
+def test_a_notebook_shows_figures(monkeypatch):
+    """Through the hook that notebooks ask for; no figure that others make gets one."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figure = plots.spectrum(randn(2, 5))
+    image = figure._repr_png_()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) > 1000
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert not hasattr(matplotlib.figure.Figure, "_repr_png_")
+
+
+def test_formatters_of_notebooks_show_figures():
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(plots.spectrum(randn(2, 5)))
+    assert data["image/png"].startswith(b"\x89PNG")
+
+
+def test_figures_are_pickled():
+    again = pickle.loads(pickle.dumps(plots.spectrum(randn(2, 5))))
+    assert curves(again.axes[0]).shape == (2, 5) and again._repr_png_().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
         (lambda: plots.spectrum(randn(3)), RuntimeError, r"values must have shape \[K, n\], got \[3\]"),
         (lambda: plots.spectrum([1.0]), TypeError, "values must be a torch.Tensor, got list"),
         (lambda: plots.spectrum(randn(2, 3), labels=["a"]), ValueError, "labels must be 2 names, got 1"),
+        (lambda: plots.spectrum(randn(2, 3), labels=[]), ValueError, "labels must be 2 names, got 0"),
+        (lambda: plots.spectrum(randn(2, 3), labels=2), TypeError, "labels must be strings or integers, got int"),
+        (
+            lambda: plots.spectrum(randn(2, 3), labels=[1.0, 2.0]),
+            TypeError,
+            "strings or integers, got float",
+        ),
+        (lambda: plots.spectrum(randn(1, 3), labels=[True]), TypeError, "strings or integers, got bool"),
+        (
+            lambda: plots.spectrum(randn(1, 3), labels=[None]),
+            TypeError,
+            "strings or integers, got NoneType",
+        ),
+        (lambda: plots.truncation(torch.tensor(1.0)), RuntimeError, r"scores must have shape \[M, n\], got \[\]"),
         (lambda: plots.eigenvectors(randn(1, 2, 9), (2, 4)), RuntimeError, r"\[K, n, 8\] for images of 2 x 4, got"),
         (lambda: plots.interactions(randn(3, 4)), RuntimeError, r"q must have shape"),
         (lambda: plots.interactions(randn(3, 3), clusters=4), ValueError, "clusters must be from 1 to 3, got 4"),

@@ -6,7 +6,7 @@ are the "Brain dump on parameter decompositions, transcoders" post and its appen
 
 import sys
 
-from bilinear_ops.analysis.biases import BiasTerms, augment_biases, bias_terms
+from bilinear_ops.analysis.biases import BiasTerms, augment_biases, bias_terms, layer_weights
 from bilinear_ops.analysis.clusters import interaction_clusters
 from bilinear_ops.analysis.composition import Reexpression, VirtualLayer, reexpress, virtual_interactions
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
@@ -50,6 +50,7 @@ __all__ = [
     "interaction_eigh",
     "layer_distance",
     "layer_similarity",
+    "layer_weights",
     "load_chunks",
     "reexpress",
     "run_in_chunks",

@@ -9,15 +9,24 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check
-from bilinear_ops.results import Layer
+from bilinear_ops.nn import GatedMLP
+from bilinear_ops.results import Layer, Result
 
 
-class BiasTerms(NamedTuple):
+class BiasTerms(
+    Result,
+    NamedTuple(
+        "BiasTerms",
+        [
+            ("interaction", Layer),
+            ("linear", Tensor),  # [o, d]
+            ("constant", Tensor),  # [o]
+        ],
+    ),
+):
     """y = gated_mlp(x, *interaction) + x linear^T + constant."""
 
-    interaction: Layer
-    linear: Tensor  # [o, d]
-    constant: Tensor  # [o]
+    __slots__ = ()
 
 
 def augment_biases(
@@ -51,6 +60,34 @@ def augment_biases(
         one[:, -1] = 1
         w, v, p = torch.cat([w, one]), torch.cat([v, one]), torch.cat([p, b_p[:, None]], 1)
     return w, v, p
+
+
+def layer_weights(module: GatedMLP) -> Layer:
+    """The (w, v, p) to which the analysis of a bilinear module applies, with its biases folded in (`augment_biases`).
+
+    With biases the layer is that of [x, 1]: w, v, eigenvectors and interaction matrices have a last entry for the
+    constant input. A feature basis D `[d, F]` gets one more feature for it, `torch.block_diag(D, torch.ones(1, 1))`.
+    An embedding E `[vocabulary, d]` is folded in likewise, as the basis `torch.block_diag(E.t(), torch.ones(1, 1))`,
+    whose last feature is the bias, present at every token.
+
+    Args:
+        module: `nn.GatedMLP` without an activation.
+
+    Returns:
+        (w, v, p): the module's parameters themselves if it has no biases. Differentiable.
+
+    Raises:
+        TypeError: not a GatedMLP.
+        ValueError: an activation: such a layer is no quadratic form, and analysis of its weights alone would ignore the
+            activation. swish at beta 0 is bilinear: call `bilinearise_()` first.
+    """
+    if not isinstance(module, GatedMLP):
+        raise TypeError(f"module must be a GatedMLP, got {type(module).__name__}")
+    if module.activation != "identity":
+        raise ValueError(f"module must have no activation to be a quadratic form, got {module.activation!r}")
+    biases = module.b_w, module.b_v, module.b_p
+    weights = module.w, module.v, module.p
+    return weights if all(b is None for b in biases) else augment_biases(*weights, *biases)
 
 
 @_op.without_autocast

@@ -8,14 +8,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilinear_ops._check import check, check_integers
+from bilinear_ops.analysis.progress import progress_bar
 
 
-def interaction_clusters(q: Tensor, clusters: int) -> list[list[int]]:
+def interaction_clusters(q: Tensor, clusters: int, *, progress: bool = False) -> list[list[int]]:
     """Group the rows of a symmetric matrix by average linkage of their cosines.
 
     Args:
         q: `[F, F]`.
         clusters: number of groups, from 1 to F.
+        progress: show a progress bar over the joined rows; needs tqdm.
 
     Returns:
         The row indices of each group, in the order of the linkage tree: similar groups are neighbours.
@@ -35,13 +37,15 @@ def interaction_clusters(q: Tensor, clusters: int) -> list[list[int]]:
     similarity = (rows @ rows.t()).fill_diagonal_(-math.inf)
     groups = {i: [i] for i in range(size)}
     found = [*groups.values()]
-    while len(groups) > 1:
-        a, b = divmod(int(similarity.argmax()), size)
-        joined = (len(groups[a]) * similarity[a] + len(groups[b]) * similarity[b]) / len(groups[a] + groups[b])
-        similarity[a] = similarity[:, a] = joined
-        similarity[a, a] = similarity[b] = similarity[:, b] = -math.inf
-        groups[a] = groups[a] + groups.pop(b)
-        if len(groups) == clusters:
-            found = [*groups.values()]
+    with progress_bar(size - 1, "row", progress) as advance:
+        while len(groups) > 1:
+            a, b = divmod(int(similarity.argmax()), size)
+            joined = (len(groups[a]) * similarity[a] + len(groups[b]) * similarity[b]) / len(groups[a] + groups[b])
+            similarity[a] = similarity[:, a] = joined
+            similarity[a, a] = similarity[b] = similarity[:, b] = -math.inf
+            groups[a] = groups[a] + groups.pop(b)
+            if len(groups) == clusters:
+                found = [*groups.values()]
+            advance(1)
     (order,) = groups.values()
     return sorted(found, key=lambda group: order.index(group[0]))

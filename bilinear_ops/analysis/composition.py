@@ -8,28 +8,44 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check
+from bilinear_ops._check import check, check_finite
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.interaction.gram import layer_inner
-from bilinear_ops.results import Layer
+from bilinear_ops.results import Layer, Result
 
 OUTSIDE = 1e-6  # share of |B| outside of the directions' span that rounding can explain
 
 
-class VirtualLayer(NamedTuple):
+class VirtualLayer(
+    Result,
+    NamedTuple(
+        "VirtualLayer",
+        [
+            ("w", Tensor),  # [h2, h1], or [h2, d + h1] with the residual stream
+            ("v", Tensor),  # as w
+            ("p", Tensor),  # [o, h2]
+            ("scale", Tensor),  # [h1] or [d + h1]: norms of the first layer's neurons, 1 for residual inputs
+        ],
+    ),
+):
     """The second of two layers as a bilinear layer over the hidden units of the first."""
 
-    w: Tensor  # [h2, h1], or [h2, d + h1] with the residual stream
-    v: Tensor  # as w
-    p: Tensor  # [o, h2]
-    scale: Tensor  # [h1] or [d + h1]: norms of the first layer's neurons, 1 for residual inputs
+    __slots__ = ()
 
 
-class Reexpression(NamedTuple):
+class Reexpression(
+    Result,
+    NamedTuple(
+        "Reexpression",
+        [
+            ("c", Tensor),  # [K, h], coefficients: Q = interaction_matrices(w, v, c)
+            ("outputs", Tensor),  # [K, o], the output vector of each Q_k; outputs^T c = p
+        ],
+    ),
+):
     """B = sum_k outputs_k (x) Q_k, where Q_k is the interaction matrix of direction k."""
 
-    c: Tensor  # [K, h], coefficients: Q = interaction_matrices(w, v, c)
-    outputs: Tensor  # [K, o], the output vector of each Q_k; outputs^T c = p
+    __slots__ = ()
 
 
 def virtual_interactions(first: Layer, second: Layer, *, residual: bool = False) -> VirtualLayer:
@@ -99,10 +115,11 @@ def reexpress(w: Tensor, v: Tensor, p: Tensor, directions: Tensor) -> Reexpressi
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: directions that do not have full rank, or that do not span the layer's outputs.
+        ValueError: directions that are not finite, do not have full rank, or do not span the layer's outputs.
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "K o"))
     dtype = torch.promote_types(w.dtype, torch.float32)
+    check_finite(directions=directions)
     most = max(sizes["K"], sizes["o"])
     w, v, p, u = w.double(), v.double(), p.double(), directions.double()
     q, r = torch.linalg.qr(u if sizes["K"] >= sizes["o"] else u.t())

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilinear_ops._check import check, check_integers
+from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.interaction.gram import layer_inner, neuron_gram
+from bilinear_ops.results import Layer, Result
 
 CG_TOLERANCE = 1e-13  # relative residual in the preconditioner's norm: the accuracy of float64
 
 
-class CPDecomposition(NamedTuple):
+class CPDecomposition(
+    Result,
+    NamedTuple(
+        "CPDecomposition",
+        [
+            ("w", Tensor),  # [rank, d], rows of norm 1
+            ("v", Tensor),  # [rank, d], rows of norm 1
+            ("p", Tensor),  # [o, rank]
+            (
+                "errors",
+                Tensor,
+            ),  # [steps done + 1]: |B - B_rank| / |B|, descending; first that of the initial terms
+        ],
+    ),
+):
     """A bilinear layer (w, v, p) of `rank` neurons, the strongest first, and its error after every step."""
 
-    w: Tensor  # [rank, d], rows of norm 1
-    v: Tensor  # [rank, d], rows of norm 1
-    p: Tensor  # [o, rank]
-    errors: Tensor  # [steps done + 1]: |B - B_rank| / |B|, descending; the first entry is that of the initial terms
+    __slots__ = ()
 
 
 @torch.no_grad()
@@ -33,13 +47,15 @@ def cp_decompose(
     steps: int = 100,
     inner_steps: int = 10,
     tol: float = 1e-6,
+    restarts: int = 0,
+    progress: bool = False,
 ) -> CPDecomposition:
     """Fit B by sum_r p_r (x) sym(w_r v_r^T) with `rank` terms: a smaller bilinear layer, near in Frobenius norm.
 
     A step solves for w, p, v and p again, each by least squares with the others fixed (ALS). The result is a local
-    optimum, which depends on `init`. B is never formed: a step costs a few products `[h, d] x [d, rank]` in float64.
-    A step that would raise the error is discarded and ends the fit. The error is computed from a difference of squares
-    and is rounding noise below 1e-7. Not differentiable.
+    optimum, which depends on `init`; `restarts` fits from other neurons too and keeps the best. B is never formed: a
+    step costs a few products `[h, d] x [d, rank]` in float64. A step that would raise the error is discarded and ends
+    the fit. The error is computed from a difference of squares and is rounding noise below 1e-7. Not differentiable.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, the layer.
@@ -49,6 +65,9 @@ def cp_decompose(
         steps: maximal number of steps.
         inner_steps: iterations of conjugate gradients for w and for v, from their current values.
         tol: stop once a step lowers the error by less than this fraction.
+        restarts: number of further fits, each from neurons of the layer drawn at random (the same in every call). The
+            fit of the lowest error is returned.
+        progress: show a progress bar over the steps; needs tqdm.
 
     Returns:
         `CPDecomposition(w, v, p, errors)` in w's dtype, float32 for half precision. Errors are NaN if |B| is 0.
@@ -56,23 +75,49 @@ def cp_decompose(
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: a rank out of range, or negative steps, inner_steps or tol.
+        ValueError: a rank out of range, above h with restarts; negative steps, inner_steps, restarts or tol; weights
+            that are not finite.
+        ModuleNotFoundError: progress without tqdm.
     """
     w0, v0 = (None, None) if init is None else init
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), w0=(w0, "? r d"), v0=(v0, "? r d"))
-    check_integers(rank=rank, steps=steps, inner_steps=inner_steps)
+    check_integers(rank=rank, steps=steps, inner_steps=inner_steps, restarts=restarts)
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
         limit = f"between 0 and h={sizes['h']}" if init is None else f"{sizes['r']}, the rows of init"
         raise ValueError(f"rank must be {limit}, got {rank}")
-    if min(steps, inner_steps, tol) < 0:
-        raise ValueError(f"steps, inner_steps and tol must not be negative, got {steps}, {inner_steps} and {tol}")
+    if min(steps, inner_steps, restarts) < 0 or not tol >= 0:
+        given = f"{steps}, {inner_steps}, {restarts} and {tol}"
+        raise ValueError(f"steps, inner_steps, restarts and tol must not be negative, got {given}")
+    if restarts and rank > sizes["h"]:
+        raise ValueError(f"rank must be at most h={sizes['h']} with restarts, got {rank}")
+    check_finite(w=w, v=v, p=p, **{} if init is None else {"w0": init[0], "v0": init[1]})
     dtype = torch.promote_types(w.dtype, torch.float32)
     layer = w.double(), v.double(), p.double()
     squares = layer_inner(*layer, *layer)  # |B|^2
-    a, b = _spread_neurons(*layer, rank) if w0 is None or v0 is None else (w0.double(), v0.double())
+    starts = [_spread_neurons(*layer, rank) if w0 is None or v0 is None else (w0.double(), v0.double())]
+    starts += [_random_neurons(*layer, rank, seed) for seed in range(restarts)]
+    with progress_bar(steps * len(starts), "step", progress) as advance:
+        fits = [_fit(layer, squares, a, b, steps, inner_steps, tol, advance) for a, b in starts]
+    a, b, c, errors = min(fits, key=lambda fit: fit[3][-1].nan_to_num(0).item())
+    order = c.norm(dim=0).argsort(descending=True)
+    return CPDecomposition(*(t.to(dtype) for t in (a[order], b[order], c[:, order], errors)))
+
+
+def _fit(
+    layer: Layer,
+    squares: Tensor,
+    a: Tensor,
+    b: Tensor,
+    steps: int,
+    inner_steps: int,
+    tol: float,
+    advance: Callable[[int], object],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Alternating least squares from (a, b): terms a, b, c and the error after every step."""
     a, b = _unit_rows(a), _unit_rows(b)
     c, fitted = _solve_down(*layer, a, b)
     errors = [_error(squares, fitted)]
+    left = steps
     for _ in range(steps):
         a_new = _unit_rows(_solve_up(*layer, a, b, c, inner_steps))
         c_new, _ = _solve_down(*layer, a_new, b)
@@ -83,11 +128,20 @@ def cp_decompose(
             break
         a, b, c = a_new, b_new, c_new
         errors.append(error)
+        left -= 1
+        advance(1)
         if errors[-2] - error <= tol * errors[-2]:
             break
-    order = c.norm(dim=0).argsort(descending=True)
-    found = a[order], b[order], c[:, order], torch.stack(errors)
-    return CPDecomposition(*(t.to(dtype) for t in found))
+    advance(left)
+    return a, b, c, torch.stack(errors)
+
+
+def _random_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Neurons drawn by the norms |p_h| |sym(w_h v_h^T)| of their terms, without those of zero if there are others."""
+    norms = p.norm(dim=0) * (0.5 * ((w * w).sum(1) * (v * v).sum(1) + (w * v).sum(1).square())).sqrt()
+    chances = torch.rand(len(norms), dtype=norms.dtype, generator=torch.Generator().manual_seed(seed))
+    chosen = (chances.to(w.device).log() / norms).topk(rank).indices  # Efraimidis and Spirakis's weighted sample
+    return w[chosen], v[chosen]
 
 
 def _spread_neurons(w: Tensor, v: Tensor, p: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,24 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check
+from bilinear_ops.results import Result
 
 GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
 
 
-class EvenOdd(NamedTuple):
+class EvenOdd(
+    Result,
+    NamedTuple(
+        "EvenOdd",
+        [
+            ("even", Tensor),
+            ("odd", Tensor),
+        ],
+    ),
+):
     """fn(x) = even + odd; at -x the even part is the same and the odd part is negated."""
 
-    even: Tensor
-    odd: Tensor
+    __slots__ = ()
 
 
 def glu_gates(
@@ -64,6 +73,17 @@ def glu_gates(
     return torch.sigmoid(beta * z)
 
 
+def respond(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """fn(x) `[..., o]` for x `[..., d]`, checked."""
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    y = fn(x)
+    check(**{"fn(x)": (y, "... o")})
+    if y.shape[:-1] != x.shape[:-1]:
+        raise RuntimeError(f"fn(x) must have shape {[*x.shape[:-1], 'o']}, got {list(y.shape)}")
+    return y
+
+
 def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
     """fn(x) as [fn(x) + fn(-x)] / 2 plus [fn(x) - fn(-x)] / 2.
 
@@ -85,8 +105,9 @@ def even_odd_split(fn: Callable[[Tensor], Tensor], x: Tensor) -> EvenOdd:
         `EvenOdd(even, odd)`, `[..., o]` each; differentiable.
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        RuntimeError: x without dimensions; fn's outputs of another shape than `[..., o]`.
+        TypeError: x or fn's output that is not a floating-point tensor; fn that cannot be called.
     """
     check(x=(x, "... d"))
-    there, back = fn(x), fn(-x)
+    there, back = respond(fn, x), respond(fn, -x)
     return EvenOdd(0.5 * (there + back), 0.5 * (there - back))

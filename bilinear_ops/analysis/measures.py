@@ -58,11 +58,13 @@ def adversarial_masks(vectors: Tensor) -> Tensor:
         vectors: `[..., n, d]`, eigenvectors of one or of several outputs as rows.
 
     Returns:
-        `[..., n, d]`: masks @ vectors^T is the identity if the vectors are independent.
+        `[..., n, d]`: masks @ vectors^T is the identity if the vectors are independent. NaN where the vectors of an
+        output are not finite.
 
     Raises:
         TypeError: vectors is not a floating-point tensor.
     """
     check(vectors=(vectors, "... n d"))
     (wide,) = widen(vectors)
-    return torch.linalg.pinv(wide).mT.to(vectors.dtype)
+    finite = wide.isfinite().all((-2, -1), keepdim=True)  # LAPACK refuses the others
+    return torch.linalg.pinv(wide.where(finite, 0)).mT.where(finite, torch.nan).to(vectors.dtype)

@@ -1,19 +1,33 @@
-"""A bar over what is done."""
+"""Progress bars of long computations."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 
-def bar(total: int, unit: str) -> Any:
-    """A tqdm bar, shown by the first of many ranks; raises ModuleNotFoundError without tqdm."""
+@contextmanager
+def progress_bar(total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
+    """A function that advances a bar by some units; it does nothing unless `show`.
+
+    The first of many ranks shows the bar. It is closed at the end, and at an error or an interrupt as well.
+
+    Raises ModuleNotFoundError if the bar is to be shown and tqdm is missing.
+    """
+    if not show:
+        yield lambda n: None
+        return
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
-    return tqdm(total=total, unit=unit, disable=rank() > 0)
+        raise ModuleNotFoundError('progress=True needs tqdm: pip install "bilinear-ops[progress]"') from error
+    bar = tqdm(total=total, unit=unit, disable=rank() > 0)
+    try:
+        yield bar.update
+    finally:
+        bar.close()
 
 
 def rank() -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops._check import check_integers
-from bilinear_ops.analysis.progress import bar, rank
+from bilinear_ops.analysis.progress import progress_bar, rank
 from bilinear_ops.results import Directions
 
 PLAN = "plan.json"
@@ -61,15 +61,12 @@ def run_in_chunks(
     _agree_on(plan, folder)
     paths = [folder / f"{start:012d}.pt" for start in range(0, count, chunk)]
     mine = _dealt([i for i, path in enumerate(paths) if not path.exists()], group)
-    shown = bar(len(mine), "chunk") if progress else None
-    for i in mine:
-        part = slice(i * chunk, (i + 1) * chunk)
-        result = analyse(Directions(c.u[part], c.p) if isinstance(c, Directions) else c[part])
-        _write(paths[i], partial(torch.save, _named(result)))
-        if shown is not None:
-            shown.update()
-    if shown is not None:
-        shown.close()
+    with progress_bar(len(mine), "chunk", progress) as advance:
+        for i in mine:
+            part = slice(i * chunk, (i + 1) * chunk)
+            result = analyse(Directions(c.u[part], c.p) if isinstance(c, Directions) else c[part])
+            _write(paths[i], partial(torch.save, _named(result)))
+            advance(1)
     if group is not None:
         torch.distributed.barrier(group)
     return paths

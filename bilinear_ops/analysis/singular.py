@@ -8,24 +8,34 @@ import torch
 from torch import Tensor
 
 from bilinear_ops._check import check, check_integers
+from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.composite.blockwise import recompute
 from bilinear_ops.composite.interaction.gram import neuron_tiles
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.interaction.gram import neuron_gram
+from bilinear_ops.results import Result
 
 MODES = ("output", "input")
 CONDITION = 1e-4  # ratio of singular values below which their squares lose too many digits of float64
 
 
-class HOSVD(NamedTuple):
+class HOSVD(
+    Result,
+    NamedTuple(
+        "HOSVD",
+        [
+            ("U", Tensor),  # [o, rank], or [d, rank] in input mode
+            ("S", Tensor),  # [rank]
+            ("norm", Tensor),  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
+        ],
+    ),
+):
     """The strongest output (or input) directions of B as columns, with their singular values, descending."""
 
-    U: Tensor  # [o, rank], or [d, rank] in input mode
-    S: Tensor  # [rank]
-    norm: Tensor  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
+    __slots__ = ()
 
 
-def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -> HOSVD:
+def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output", progress: bool = False) -> HOSVD:
     """The leading singular vectors of B flattened to `[o, d^2]`, or in input mode to `[d, o d]` ([P] 3.3).
 
     In output mode, the matrices `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal and have norms S. B is
@@ -38,15 +48,17 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
         rank: number of singular vectors, at most min(o, h), or d in input mode.
         mode: "output" or "input".
+        progress: show a progress bar over tiles of neurons; needs tqdm.
 
     Returns:
         `HOSVD(U, S, norm)` in w's dtype, float32 for half precision. The largest component of a column of U is
-        positive. Differentiable if the singular values are distinct.
+        positive. Differentiable if the singular values are distinct. NaN for weights that are not finite.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown mode, or a rank out of range.
+        ModuleNotFoundError: progress without tqdm.
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
     check_integers(rank=rank)
@@ -57,7 +69,10 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output") -
         raise ValueError(f"rank must be between 0 and {most} in {mode} mode, got {rank}")
     dtype = torch.promote_types(w.dtype, torch.float32)
     w, v, p = w.double(), v.double(), p.double()
-    gram = _output_gram(w, v, p) if mode == "output" else _input_gram(w, v, p)
+    gram = _output_gram(w, v, p, progress) if mode == "output" else _input_gram(w, v, p, progress)
+    if not gram.isfinite().all():  # LAPACK refuses it
+        u, s = p.new_full((len(gram), rank), torch.nan), p.new_full((rank,), torch.nan)
+        return HOSVD(*(t.to(dtype) for t in (u, s, p.new_full((), torch.nan))))
     squares, vectors = torch.linalg.eigh(gram)
     u, s = vectors.flip(1)[:, :rank], squares.flip(0)[:rank].clamp_min(0).sqrt()
     if mode == "output" and rank and s[-1] < CONDITION * s[0]:
@@ -77,15 +92,18 @@ def fix_signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -vectors, vectors)
 
 
-def _output_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+def _output_gram(w: Tensor, v: Tensor, p: Tensor, progress: bool) -> Tensor:
     """P Kern P^T [o, o] with Kern the neurons' Gram matrix, by pairs of tiles; Kern is symmetric."""
     tiles = list(neuron_tiles(w, v, p, limits.gram_neurons))
     gram = p.new_zeros(p.shape[0], p.shape[0])
-    for i, (w1, v1, p1) in enumerate(tiles):
-        gram = gram + recompute(_output_tile, w1, v1, p1, w1, v1, p1)
-        for w2, v2, p2 in tiles[:i]:
-            tile = recompute(_output_tile, w1, v1, p1, w2, v2, p2)
-            gram = gram + tile + tile.t()
+    with progress_bar(len(tiles) * (len(tiles) + 1) // 2, "tile", progress) as advance:
+        for i, (w1, v1, p1) in enumerate(tiles):
+            gram = gram + recompute(_output_tile, w1, v1, p1, w1, v1, p1)
+            advance(1)
+            for w2, v2, p2 in tiles[:i]:
+                tile = recompute(_output_tile, w1, v1, p1, w2, v2, p2)
+                gram = gram + tile + tile.t()
+                advance(1)
     return gram
 
 
@@ -93,11 +111,14 @@ def _output_tile(w1: Tensor, v1: Tensor, p1: Tensor, w2: Tensor, v2: Tensor, p2:
     return p1 @ neuron_gram(w1, v1, w2, v2) @ p2.t()
 
 
-def _input_gram(w: Tensor, v: Tensor, p: Tensor) -> Tensor:
+def _input_gram(w: Tensor, v: Tensor, p: Tensor, progress: bool) -> Tensor:
     """sum_oj B_oij B_oi'j [d, d], a tile of neurons against all neurons at a time."""
     gram = w.new_zeros(w.shape[1], w.shape[1])
-    for w1, v1, p1 in neuron_tiles(w, v, p, limits.gram_neurons):
-        gram = gram + recompute(_input_tile, w1, v1, p1, w, v, p)
+    tiles = list(neuron_tiles(w, v, p, limits.gram_neurons))
+    with progress_bar(len(tiles), "tile", progress) as advance:
+        for w1, v1, p1 in tiles:
+            gram = gram + recompute(_input_tile, w1, v1, p1, w, v, p)
+            advance(1)
     return gram
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,38 +10,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilinear_ops._check import check, check_integers
-from bilinear_ops.analysis.singular import fix_signs, hosvd
+from bilinear_ops import _op
+from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops.analysis.gates import respond
+from bilinear_ops.analysis.progress import progress_bar
+from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.gated import gated_mlp
+from bilinear_ops.results import Result
 
-SEEDS = 64  # climbs, if the output directions have that many Ritz vectors
-SEED_KRYLOV, STEP_KRYLOV = 24, 6  # dimensions of the Krylov spaces of a seed and of an alternating step
+SAMPLES = 512  # random inputs whose outputs show the strongest output directions
+OUTPUTS, RITZ = 64, 4  # output directions that give seeds, and seeds of each
+KRYLOV = 8  # least dimension of the Krylov spaces of the seeds
+# After so many steps, so many climbs go on. In random layers (d = 512) the strengths of seeds say nothing of those of
+# their maxima (correlation 0.05), those after six steps do (0.6), and after nine they are almost the same (0.98).
+ROUNDS = ((7, 64), (3, 24))
+SCREENING = 1e-5  # `tol` in float32, where it decides which climbs are finished in float64
 SAME = 0.99  # |cosine| from which two end points count as one maximum
+ANGLES, NEWTON = 32, 4  # a line search: angles tried, and Newton steps from the best of them
 
 
-class StrongestDirections(NamedTuple):
+class StrongestDirections(
+    Result,
+    NamedTuple(
+        "StrongestDirections",
+        [
+            ("vectors", Tensor),
+            ("strengths", Tensor),
+        ],
+    ),
+):
     """Unit inputs `[m, d]` at distinct local maxima of |B(x, x)|, and the maxima `[m]`, descending."""
 
-    vectors: Tensor
-    strengths: Tensor
+    __slots__ = ()
 
 
+@_op.without_autocast
 @torch.no_grad()
 def strongest_directions(
-    w: Tensor, v: Tensor, p: Tensor, n: int, *, steps: int = 500, tol: float = 1e-10
+    w: Tensor, v: Tensor, p: Tensor, n: int, *, steps: int = 500, tol: float = 1e-10, progress: bool = False
 ) -> StrongestDirections:
     """Unit inputs at local maxima of a bilinear layer's response |B(x, x)|, the largest found first ([A]).
 
-    Climbs by the symmetric higher-order power method, x <- B(x, B(x, x)) normalised, from the top eigenvectors of
-    the strongest output directions (`hosvd`). If such a step would lower |B(x, x)|, x moves to the top Ritz vector of a
-    Krylov space of Q_u with u = B(x, x) instead, which never does. The result is deterministic. The first maximum is
-    not guaranteed to be the global one. Not differentiable; `strength` is, at the vectors found.
+    Climbs by conjugate gradients on the sphere, from the top eigenvectors of the output directions in which random
+    inputs have the strongest outputs. Along a great circle B(x, x) is an ellipse, so each step ends at the next maximum
+    of |B(x, x)| on its circle and none goes down. Many climbs begin in float32, the strongest of them go on, and about
+    twice n are finished in float64. The result is deterministic. The first maximum is not guaranteed to be the global
+    one. Not differentiable; `strength` is, at the vectors found.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
         n: maximal number of directions; fewer are returned if fewer distinct maxima were found.
-        steps: maximal number of steps of a climb.
-        tol: a climb ends once a step gains less than this fraction.
+        steps: maximal number of steps of a climb in float32, and again in float64.
+        tol: a climb ends once two steps in a row gain less than this fraction.
+        progress: show a progress bar over the climbs; needs tqdm.
 
     Returns:
         `StrongestDirections(vectors, strengths)` in w's dtype, float32 for half precision. Of x and -x, which are one
@@ -48,62 +70,143 @@ def strongest_directions(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
-        TypeError: an argument that is not a floating-point tensor.
-        ValueError: negative n, steps or tol.
+        TypeError: an argument that is not a floating-point tensor, or n or steps not an int.
+        ValueError: negative n, steps or tol; weights that are not finite.
+        ModuleNotFoundError: progress without tqdm.
     """
-    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
     check_integers(n=n, steps=steps)
-    if min(n, steps, tol) < 0:
+    if min(n, steps) < 0 or not tol >= 0:
         raise ValueError(f"n, steps and tol must not be negative, got {n}, {steps} and {tol}")
+    check_finite(w=w, v=v, p=p)
     dtype = torch.promote_types(w.dtype, torch.float32)
-    w, v, p = w.double(), v.double(), p.double()
-    x = _seeds(w, v, p, max(SEEDS, 2 * n))
-    climbing = torch.arange(len(x), device=x.device)
-    for _ in range(steps):
-        before = x[climbing]
-        after, gained = _climb(before, w, v, p)
-        x[climbing] = after
-        climbing = climbing[gained > tol]
-        if not len(climbing):
-            break
-    strengths = _strengths(x, w, v, p)
+    if not (n and all(sizes.values())):
+        return StrongestDirections(w.new_empty(0, sizes["d"], dtype=dtype), w.new_empty(0, dtype=dtype))
+    layer = w.double(), v.double(), p.double()
+    narrow = [_unit_scale(t).float() for t in layer]
+    x = _best_climbs(narrow[0], narrow[1], narrow[2], n, steps, progress).double()
+    with progress_bar(len(x), "climb", progress) as advance:
+        x = _climb(x, *layer, steps, tol, advance)
+    strengths = _strengths(x, *layer)
     chosen = _distinct(x, strengths, n)
     return StrongestDirections(fix_signs(x[chosen]).to(dtype), strengths[chosen].to(dtype))
 
 
-def _seeds(w: Tensor, v: Tensor, p: Tensor, count: int) -> Tensor:
-    """About `count` unit vectors [m, d]: the strongest eigenvectors of the strongest output directions."""
-    (h, d), o = w.shape, p.shape[0]
-    outputs = min(count, o, h)
-    if not outputs or not d:
-        return w.new_empty(0, d)
-    c = hosvd(w, v, p, outputs).U.t() @ p
-    start = torch.randn(outputs, d, dtype=w.dtype, generator=torch.Generator().manual_seed(0)).to(w.device)
-    vectors = _krylov(F.normalize(start, dim=1), w, v, c, SEED_KRYLOV)
-    return vectors[:, : -(-count // outputs)].flatten(0, 1)
+def _unit_scale(t: Tensor) -> Tensor:
+    """t with 1 as its largest magnitude: fourth powers of a layer's scale would leave the range of float32."""
+    return t / t.abs().max().clamp_min(torch.finfo(t.dtype).tiny)
 
 
-def _climb(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """One step from unit vectors [m, d], and the fraction gained by each [m], negative by rounding errors only."""
-    y = gated_mlp(x, w, v, p)
-    strength = y.norm(dim=1)
-    c = y @ p
-    after = F.normalize(_apply(x, w, v, c), dim=1)
-    reached = _strengths(after, w, v, p)
-    down = reached < strength
-    if down.any():
-        after[down] = _krylov(x[down], w, v, c[down], STEP_KRYLOV)[:, 0]
-        reached = _strengths(after, w, v, p)
-    return after, reached / strength - 1
+def _best_climbs(w: Tensor, v: Tensor, p: Tensor, n: int, steps: int, progress: bool) -> Tensor:
+    """The end points [m, d] of the climbs most likely to reach the strongest maxima, as found in float32."""
+    x = _seeds(w, v, p, max(OUTPUTS, n))
+    with progress_bar(len(x), "seed", progress) as advance:
+        for taken, keep in ROUNDS:
+            taken = min(taken, steps)
+            x, before = _climb(x, w, v, p, taken, 0.0), len(x)
+            x = x[_distinct(x, _strengths(x, w, v, p), max(keep, 4 * n))]
+            advance(before - len(x))
+            steps -= taken
+        x = _climb(x, w, v, p, steps, SCREENING, advance)
+        return x[_distinct(x, _strengths(x, w, v, p), 2 * n)]
+
+
+def _seeds(w: Tensor, v: Tensor, p: Tensor, outputs: int) -> Tensor:
+    """Unit vectors [m, d]: top eigenvectors of the output directions that are strongest at random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(SAMPLES, w.shape[1], dtype=w.dtype, generator=generator).to(w.device)
+    y = gated_mlp(inputs, w, v, p)
+    outputs = min(outputs, p.shape[0])
+    count = max(RITZ, -(-OUTPUTS // outputs))
+    u = torch.linalg.eigh((y.t() @ y).double()).eigenvectors.flip(1)[:, :outputs].to(w.dtype)
+    start = torch.randn(outputs, w.shape[1], dtype=w.dtype, generator=generator).to(w.device)
+    vectors = _krylov(F.normalize(start, dim=1), w, v, u.t() @ p, max(KRYLOV, count))
+    return vectors[:, :count].flatten(0, 1)
+
+
+def _climb(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    steps: int,
+    tol: float,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Where climbs from unit vectors [m, d] end, by conjugate gradients on the sphere; `advance` counts those ended.
+
+    Outputs of a new x are combined from those of the old one and of the direction: a step costs seven products.
+    """
+    found, rows = x.clone(), torch.arange(len(x), device=x.device)
+    a, z = x @ w.t(), x @ v.t()
+    y = (a * z) @ p.t()
+    slope = torch.zeros_like(x)
+    search = torch.zeros_like(x)
+    idle = torch.zeros_like(rows)  # steps in a row that gained too little
+    for _ in range(steps):
+        if not len(rows):
+            break
+        c = y @ p
+        new_slope = _tangent(_apply(w, v, c, a, z), x)
+        ratio = (new_slope * (new_slope - slope)).sum(1) / slope.square().sum(1)  # Polak and Ribiere's
+        ratio = torch.where((idle == 0) & (ratio > 0) & ratio.isfinite(), ratio, 0)
+        search = _tangent(new_slope + ratio[:, None] * search, x)
+        search = torch.where(((search * new_slope).sum(1) > 0)[:, None], search, new_slope)
+        slope, length = new_slope, search.norm(dim=1, keepdim=True)
+        s = F.normalize(search, dim=1, eps=torch.finfo(x.dtype).tiny)
+        a1, z1 = s @ w.t(), s @ v.t()
+        y1, y2 = (0.5 * (a * z1 + a1 * z)) @ p.t(), (a1 * z1) @ p.t()  # B(x, s), B(s, s)
+        angle, gained = _next_maximum(y, y1, y2)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        search = length * (cos * s - sin * x)  # carried along the circle
+        x, a, z = cos * x + sin * s, cos * a + sin * a1, cos * z + sin * z1
+        y = cos.square() * y + 2 * cos * sin * y1 + sin.square() * y2
+        found[rows] = x
+        idle = torch.where(gained <= tol, idle + 1, 0)
+        on = idle < 2
+        if not on.all():
+            advance(len(rows) - int(on.sum()))
+            rows, x, a, z, y, slope, search, idle = (t[on] for t in (rows, x, a, z, y, slope, search, idle))
+    advance(len(rows))
+    return F.normalize(found, dim=1)
+
+
+def _tangent(t: Tensor, x: Tensor) -> Tensor:
+    return t - (t * x).sum(1, keepdim=True) * x
+
+
+def _next_maximum(y0: Tensor, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+    """The angle t [m] of the first maximum of |y|, y = cos^2 y0 + 2 cos sin y1 + sin^2 y2, and the fraction gained.
+
+    y = (y0 + y2) / 2 + (y0 - y2) / 2 cos 2t + y1 sin 2t is an ellipse, and |y|^2 a trigonometric polynomial of 2t.
+    """
+    centre, axis = 0.5 * (y0 + y2), 0.5 * (y0 - y2)
+    products = [(2 * centre * axis), (2 * centre * y1), 0.5 * (axis.square() - y1.square()), axis * y1]
+    a1, b1, a2, b2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in products)
+    double = torch.arange(ANGLES, dtype=torch.float64, device=y0.device) * (2 * math.pi / ANGLES)
+
+    def wave(t: Tensor) -> Tensor:
+        return a1 * t.cos() + b1 * t.sin() + a2 * (2 * t).cos() + b2 * (2 * t).sin()
+
+    heights = wave(double)
+    t = double[(heights.roll(-1, 1) < heights).double().argmax(1, keepdim=True)]  # the first that is followed by less
+    for _ in range(NEWTON):
+        first = b1 * t.cos() - a1 * t.sin() + 2 * b2 * (2 * t).cos() - 2 * a2 * (2 * t).sin()
+        second = -a1 * t.cos() - b1 * t.sin() - 4 * a2 * (2 * t).cos() - 4 * b2 * (2 * t).sin()
+        t = t + torch.where(second < 0, -first / second, 0.5 * double[1]).clamp(-double[1], double[1])
+    gain = wave(t) - wave(torch.zeros_like(t))
+    t, gain = torch.where(gain > 0, t, 0), gain.clamp_min(0)
+    gained = (1 + gain[:, 0] / y0.square().sum(1, dtype=torch.float64)).sqrt() - 1
+    return (0.5 * t[:, 0]).to(y0.dtype), gained.nan_to_num(0)
 
 
 def _strengths(x: Tensor, w: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return gated_mlp(x, w, v, p).norm(dim=1)
 
 
-def _apply(x: Tensor, w: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """Q_k x_k [m, d], one x for each of the interaction matrices with coefficients c [m, h]."""
-    return 0.5 * ((c * (x @ v.t())) @ w + (c * (x @ w.t())) @ v)
+def _apply(w: Tensor, v: Tensor, c: Tensor, a: Tensor, z: Tensor) -> Tensor:
+    """Q_k x_k [m, d] with coefficients c [m, h] of the interaction matrices, a = x W^T and z = x V^T."""
+    return 0.5 * ((c * z) @ w + (c * a) @ v)
 
 
 def _krylov(x: Tensor, w: Tensor, v: Tensor, c: Tensor, dimension: int) -> Tensor:
@@ -111,16 +214,22 @@ def _krylov(x: Tensor, w: Tensor, v: Tensor, c: Tensor, dimension: int) -> Tenso
 
     If that space has fewer than n dimensions, the missing vectors and their Ritz values are zero.
     """
-    basis, images = x[:, None], _apply(x, w, v, c)[:, None]  # [m, n, d]
+
+    limit = 1e-10 if x.dtype == torch.float64 else 1e-5
+
+    def apply(x: Tensor) -> Tensor:
+        return _apply(w, v, c, x @ w.t(), x @ v.t())[:, None]
+
+    basis, images = x[:, None], apply(x)  # [m, n, d]
     while basis.shape[1] < min(dimension, x.shape[1]):
         new = images[:, -1:]
         length = new.norm(dim=2, keepdim=True)
         for _ in range(2):
             new = new - (new @ basis.mT) @ basis
         rest = new.norm(dim=2, keepdim=True)
-        new = torch.where(rest > 1e-10 * length, new / rest, 0)
+        new = torch.where(rest > limit * length, new / rest, 0)
         basis = torch.cat([basis, new], 1)
-        images = torch.cat([images, _apply(new[:, 0], w, v, c)[:, None]], 1)
+        images = torch.cat([images, apply(new[:, 0])], 1)
     small = basis @ images.mT
     values, mixtures = torch.linalg.eigh(0.5 * (small + small.mT))
     order = values.abs().argsort(1, descending=True)
@@ -149,9 +258,10 @@ def strength(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         `[...]`, differentiable; float32 for half precision. NaN at x = 0.
 
     Raises:
-        TypeError: x that is not a floating-point tensor.
+        RuntimeError: x without dimensions; fn's outputs of another shape than `[..., o]`.
+        TypeError: x or fn's output that is not a floating-point tensor; fn that cannot be called.
     """
     check(x=(x, "... d"))
-    y = fn(x)
+    y = respond(fn, x)
     wide = torch.promote_types(y.dtype, torch.float32)
     return y.to(wide).norm(dim=-1) / x.to(wide).square().sum(-1)

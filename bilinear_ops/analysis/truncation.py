@@ -10,18 +10,23 @@ from torch import Tensor
 from bilinear_ops._check import check, check_index
 from bilinear_ops.analysis.composition import reexpress
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
+from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.composite.blockwise import blocks
 from bilinear_ops.interaction.forms import eigen_form
 from bilinear_ops.interaction.gram import neuron_gram
-from bilinear_ops.results import Directions
+from bilinear_ops.results import Directions, Result
 
 
-class QuadraticLayer(NamedTuple):
-    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2; without `outputs`, y_k is the inner sum."""
-
+class _QuadraticLayer(NamedTuple):
     values: Tensor  # [K, r]
     vectors: Tensor  # [K, r, d]
     outputs: Tensor | None = None  # [o, K]
+
+
+class QuadraticLayer(Result, _QuadraticLayer):
+    """y = sum_k outputs_k sum_i values_ki (vectors_ki . x)^2; without `outputs`, y_k is the inner sum."""
+
+    __slots__ = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., d]` to y `[..., o]`."""
@@ -38,6 +43,7 @@ def truncate(
     directions: Tensor | None = None,
     which: str = "abs",
     refit: bool = False,
+    progress: bool = False,
 ) -> QuadraticLayer:
     """Truncate a bilinear layer to n eigenvectors of each output direction ([P] eq. 3, App. I).
 
@@ -47,6 +53,7 @@ def truncate(
         directions: `[K, o]`, a direction in each row; None for the outputs themselves.
         refit: choose the output vectors of all eigenvectors by least squares on the layer's tensor, in place of
             eigenvalues times dual vectors of the directions. The error in Frobenius norm is never larger.
+        progress: show a progress bar over the directions; needs tqdm.
 
     Returns:
         `QuadraticLayer` of K directions with n terms each; with refit, of K n directions with one term each.
@@ -58,7 +65,8 @@ def truncate(
     """
     check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
     outputs = None if directions is None or refit else reexpress(w, v, p, directions).outputs.t().to(p.dtype)
-    pairs = interaction_eigh(w, v, p if directions is None else Directions(directions, p), n, which=which)
+    c = p if directions is None else Directions(directions, p)
+    pairs = interaction_eigh(w, v, c, n, which=which, progress=progress)
     if refit:
         vectors = pairs.vectors.flatten(0, 1)
         return QuadraticLayer(vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), _nearest(w, v, p, vectors))
@@ -68,6 +76,8 @@ def truncate(
 def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
     """Output vectors [o, R] that minimise |B - sum_r outputs_r (x) v_r v_r^T| for unit vectors [R, d]."""
     dtype = p.dtype
+    if not vectors.isfinite().all():  # LAPACK refuses their Gram matrix
+        return p.new_full((len(p), len(vectors)), torch.nan)
     w, v, p, vectors = (t.double() for t in (w, v, p, vectors))
     against = p @ neuron_gram(w, v, vectors, vectors)  # [o, R]: inner products of the terms with the layer's tensor
     gram = (vectors @ vectors.t()).square()
@@ -76,15 +86,25 @@ def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
     return (outputs + (against - outputs @ gram) @ inverse).to(dtype)  # refined: the Gram squares the condition
 
 
-class TruncationCorrelation(NamedTuple):
+class TruncationCorrelation(
+    Result,
+    NamedTuple(
+        "TruncationCorrelation",
+        [
+            ("corr", Tensor),  # [K, n]: of the first 1, ..., n eigenvectors; NaN if form or target is constant
+            ("count", Tensor),  # [K], int64: number of tokens; hides tuple.count
+        ],
+    ),
+):
     """Pearson correlations of truncated quadratic forms with their targets, by number of eigenvectors."""
 
-    corr: Tensor  # [K, n]: of the first 1, ..., n eigenvectors; NaN if form or target is constant
-    count: Tensor  # type: ignore[assignment]  # [K], int64: number of tokens; hides tuple.count
+    __slots__ = ()
 
 
 @torch.no_grad()
-def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Tensor) -> TruncationCorrelation:
+def truncation_correlation(
+    x: Tensor, eig: EigenPairs, indices: Tensor, acts: Tensor, *, progress: bool = False
+) -> TruncationCorrelation:
     """Correlation of truncated quadratic forms with sparse activations, over the active tokens ([P] section 5).
 
     One pass for all numbers of eigenvectors, with running sums per output. Not differentiable.
@@ -93,6 +113,7 @@ def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Te
         x: `[T, d]` inputs of the layer.
         eig: eigenpairs of K output directions.
         indices, acts: `[T, b]`, the active directions of each token (int64) and their activations (SAE TopK layout).
+        progress: show a progress bar over the pairs of tokens and directions; needs tqdm.
 
     Returns:
         `TruncationCorrelation(corr, count)`.
@@ -108,15 +129,17 @@ def truncation_correlation(x: Tensor, eig: EigenPairs, indices: Tensor, acts: Te
     k = indices.flatten()
     t = torch.arange(len(x), device=x.device).repeat_interleave(acts.shape[1])
     sums = _Sums(sizes["K"], sizes["n"], x.device)
-    for a, b in blocks(len(k), sizes["n"]):
-        forms = eigen_form(x, eig.values, eig.vectors, pairs=(t[a:b], k[a:b]), reduce="cumsum")
-        sums.add(k[a:b], forms, acts.flatten()[a:b])
+    with progress_bar(len(k), "pair", progress) as advance:
+        for a, b in blocks(len(k), sizes["n"]):
+            forms = eigen_form(x, eig.values, eig.vectors, pairs=(t[a:b], k[a:b]), reduce="cumsum")
+            sums.add(k[a:b], forms, acts.flatten()[a:b])
+            advance(b - a)
     return sums.correlation(acts.dtype)
 
 
 @torch.no_grad()
 def truncation_curve(
-    x: Tensor, eig: EigenPairs, target: Tensor, *, active_only: bool = False
+    x: Tensor, eig: EigenPairs, target: Tensor, *, active_only: bool = False, progress: bool = False
 ) -> Tensor | TruncationCorrelation:
     """Accuracy or correlation of a layer truncated to its first 1, ..., n eigenvectors, in one pass ([P] 4.2, 5).
 
@@ -127,6 +150,7 @@ def truncation_curve(
         eig: eigenpairs of K output directions.
         target: `[T]` int64, the class of each token among the K outputs; or `[T, K]`, the values to correlate with.
         active_only: use the non-zero entries of a target `[T, K]` only.
+        progress: show a progress bar over the tokens; needs tqdm.
 
     Returns:
         For classes, the accuracies `[n]` (float32) of the largest output as prediction; otherwise
@@ -150,13 +174,15 @@ def truncation_curve(
         check(x=(x, "T d"), values=(eig.values, "K n"), target=(target, "T K"))
     right = torch.zeros(n, dtype=torch.int64, device=x.device)
     sums = _Sums(outputs, n, x.device)
-    for a, b in blocks(len(x), outputs * n):
-        forms = eigen_form(x[a:b], eig.values, eig.vectors, reduce="cumsum")  # [t, K, n]
-        if classes:
-            right += (forms.argmax(1) == target[a:b, None]).sum(0)
-            continue
-        wanted = target[a:b] != 0 if active_only else torch.ones_like(target[a:b], dtype=torch.bool)
-        sums.add(wanted.nonzero()[:, 1], forms[wanted], target[a:b][wanted])
+    with progress_bar(len(x), "token", progress) as advance:
+        for a, b in blocks(len(x), outputs * n):
+            forms = eigen_form(x[a:b], eig.values, eig.vectors, reduce="cumsum")  # [t, K, n]
+            if classes:
+                right += (forms.argmax(1) == target[a:b, None]).sum(0)
+            else:
+                wanted = target[a:b] != 0 if active_only else torch.ones_like(target[a:b], dtype=torch.bool)
+                sums.add(wanted.nonzero()[:, 1], forms[wanted], target[a:b][wanted])
+            advance(b - a)
     return right / len(x) if classes else sums.correlation(target.dtype)
 
 

@@ -19,6 +19,7 @@ NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library 
     "linear": {"activation": "identity"},
     "quick_gelu": gates.QUICK_GELU,
 }
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class _Gated(nn.Module):
@@ -27,6 +28,7 @@ class _Gated(nn.Module):
     beta: Tensor | None
     b_w: Tensor | None
     b_v: Tensor | None
+    _initial_beta = 1.0
 
     def __init__(
         self,
@@ -53,24 +55,45 @@ class _Gated(nn.Module):
         """Keep beta as a tensor: annealing it (`layer.beta.fill_(0.5)`) never recompiles. A Parameter is trained."""
         if self.activation != "swish":
             self.register_buffer("beta", None)
-        elif isinstance(beta, nn.Parameter):
+            return
+        if not isinstance(beta, float | int | Tensor):
+            raise TypeError(f"beta must be a float or a tensor, got {type(beta).__name__}")
+        if isinstance(beta, Tensor) and beta.shape not in ((), (1,)):
+            raise RuntimeError(f"beta must be a float or have shape [] or [1], got {list(beta.shape)}")
+        if not (isinstance(beta, Tensor) and beta.is_meta):
+            self._initial_beta = beta.item() if isinstance(beta, Tensor) else float(beta)
+        if isinstance(beta, nn.Parameter):
+            beta.data = beta.data.reshape(1)  # FSDP2 refuses shape []; in place, as layers may share one slope
             self.beta = beta
         else:
-            self.register_buffer("beta", torch.as_tensor(beta, dtype=torch.float32).detach().to(device, copy=True))
+            slope = torch.as_tensor(beta, dtype=torch.float32).detach().reshape(())
+            self.register_buffer("beta", slope.to(device, copy=True))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a slope of shape [] or [1], whichever the layer has: earlier versions saved [] only."""
+        found = state_dict.get(f"{prefix}beta")
+        if self.beta is not None and isinstance(found, Tensor) and found.numel() == 1:
+            state_dict[f"{prefix}beta"] = found.reshape(self.beta.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
-        """Draw weights and biases uniformly from +-1 / sqrt(fan in), as `torch.nn.Linear` does."""
+        """Draw weights and biases uniformly from +-1 / sqrt(fan in), as `torch.nn.Linear` does.
+
+        A slope of swish returns to its value at construction, 1 if that was on the meta device.
+        """
         for weight, bias in self._linears():
             bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] else 0.0
             for t in (weight, bias):
                 if t is not None:
                     nn.init.uniform_(t, -bound, bound)
+        if self.beta is not None:
+            nn.init.constant_(self.beta, self._initial_beta)
 
     def _linears(self) -> list[tuple[Tensor, Tensor | None]]:
         return [(self.w, self.b_w), (self.v, self.b_v)]
 
     def _options(self) -> dict[str, Any]:
-        return {"activation": self.activation, "beta": 1.0 if self.beta is None else self.beta}
+        return {"activation": self.activation, "beta": 1.0 if self.beta is None else self.beta.reshape(())}
 
     def _halve(self) -> None:
         raise NotImplementedError
@@ -103,7 +126,8 @@ class GatedBilinear(_Gated):
     Args:
         d_in, d_hidden: sizes of inputs and outputs.
         activation: as in `bilinear_ops.gated_bilinear`.
-        beta: slope of swish, kept as the buffer `beta`, or trained if it is a Parameter.
+        beta: slope of swish, a float or a tensor of shape [] or [1]. Kept as the buffer `beta`, or trained if it is a
+            Parameter. A Parameter of shape [] becomes one of shape [1].
         bias: whether to learn b_w and b_v.
         device, dtype: of the parameters.
     """
@@ -177,9 +201,21 @@ class GatedMLP(_Gated):
         """Replace the three Linears of a Llama-style MLP by one layer that shares their parameters.
 
         Each Linear may have a bias or none. `activation` may also be a name of the transformers library:
-        gelu_pytorch_tanh, gelu_new, gelu_fast, linear or quick_gelu. Raises ValueError if sizes or dtypes of the
-        weights do not match.
+        gelu_pytorch_tanh, gelu_new, gelu_fast, linear or quick_gelu. `to_linear` is the way back.
+
+        The layer takes over parameters, and nothing that was attached to a Linear. So
+
+        - merge an adapter (LoRA) into its Linear before the swap, and attach new ones to `to_linear()`;
+        - quantise or parallelise (tensor parallel) the layer, or its Linears if it is swapped for them again;
+        - the layer is saved as w, v, p: load a checkpoint of the Linears before the swap;
+        - an optimizer made before the swap still trains the layer, as parameters are the same objects.
+
+        Raises:
+            TypeError: an argument that is not a plain `torch.nn.Linear`: a subclass or wrapper (LoRA, quantised,
+                parametrised), or one with hooks or with a forward of its own, all of which the layer would drop.
+            ValueError: sizes or dtypes of the weights that do not match, an unknown activation, a beta without swish.
         """
+        _check_plain(gate=gate, up=up, down=down)
         (h, d), o = up.weight.shape, down.weight.shape[0]
         dtypes = [m.weight.dtype for m in (gate, up, down)]
         if len(set(dtypes)) > 1:
@@ -212,6 +248,7 @@ class GatedMLP(_Gated):
 
         The halves are parameters of their own. Arguments and errors as for `from_linear`.
         """
+        _check_plain(gate_up=gate_up)
         halves = []
         for half in (0, 1):
             linear = nn.Linear(1, 1, bias=False, device="meta")
@@ -221,6 +258,13 @@ class GatedMLP(_Gated):
             halves.append(linear)
         gate, up = halves
         return cls.from_linear(gate=gate, up=up, down=down, activation=activation, beta=beta, recompute=recompute)
+
+    def to_linear(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """The Linears (gate, up, down) that share this layer's parameters: `from_linear` undone.
+
+        The activation and the slope are not theirs: the layer's output is `down(up(x) * act(gate(x)))`.
+        """
+        return _as_linear(self.v, self.b_v), _as_linear(self.w, self.b_w), _as_linear(self.p, self.b_p)
 
     def _linears(self) -> list[tuple[Tensor, Tensor | None]]:
         return [*super()._linears(), (self.p, self.b_p)]
@@ -236,3 +280,24 @@ class GatedMLP(_Gated):
     def extra_repr(self) -> str:
         recompute = ", recompute=True" if self.recompute else ""
         return f"{super().extra_repr()}, d_out={self.p.shape[0]}{recompute}"
+
+
+def _check_plain(**linears: object) -> None:
+    """Raise TypeError for what is more than the weight and the bias of a Linear."""
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            kind = type(linear)
+            raise TypeError(
+                f"{name} must be a plain torch.nn.Linear, got {kind.__module__}.{kind.__qualname__}: merge adapters "
+                "and remove parametrisations first"
+            )
+        if "forward" in vars(linear):
+            raise TypeError(f"{name} must be a plain torch.nn.Linear, got one whose forward is replaced")
+        if any(getattr(linear, hooks) for hooks in HOOKS):
+            raise TypeError(f"{name} must be a plain torch.nn.Linear, got one with hooks: remove them first")
+
+
+def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    return linear

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_beside, check_index
+from bilinear_ops._masks import check_remainder
 from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
 
 
@@ -105,29 +107,44 @@ class Rank1Embedding(_Rank1):
     ) -> Tensor:
         """Embed integer tokens `[...]` as `[..., d]`; mask, delta and routing as for `bilinear_ops.rank1_linear`.
 
-        Raises ValueError for delta or routing without an original weight.
+        Raises:
+            IndexError: on CPU, a token outside the vocabulary.
+            RuntimeError: mismatched shapes or devices.
+            TypeError: tokens that are not int64 or int32, a mask or delta that is not a floating-point tensor, or
+                routing that is not a bool tensor.
+            ValueError: delta or routing without an original weight.
         """
-        acts = nn.functional.embedding(tokens, self.read)  # [..., C]
+        acts = self._acts(tokens)  # [..., C]
+        check_beside(acts, mask=(mask, acts.shape), delta=(delta, tokens.shape))
+        check_remainder(acts, delta, routing, weight=self.target)
         mask = acts.new_ones(()) if mask is None else mask
-        if delta is None and routing is None:
+        if self.target is None or (delta is None and routing is None):
             return (acts * mask).to(acts.dtype) @ self.write
-        if self.target is None:
-            raise ValueError(f"{'routing' if delta is None else 'delta'} needs weight, got None")
         original = nn.functional.embedding(tokens, self.target.t())  # [..., d]
         delta = acts.new_zeros(()) if delta is None else delta[..., None]
         y = (acts * (mask - delta)).to(acts.dtype) @ self.write + (delta * original).to(acts.dtype)
         return y if routing is None else torch.where(routing[..., None], y, original)
 
+    def _acts(self, tokens: Tensor) -> Tensor:
+        """The tokens' rows of `read`, checked."""
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens must be an int64 or int32 tensor, got {got}")
+        if tokens.device != self.read.device:
+            raise RuntimeError(f"tokens must be on the device of the module, {self.read.device}, got {tokens.device}")
+        if tokens.device.type == "cpu":  # on a GPU reading the values would wait for it
+            check_index("tokens", tokens.long(), len(self.read), tuple(tokens.shape), self.read)
+        return nn.functional.embedding(tokens, self.read)
+
     def stochastic(
         self, tokens: Tensor, gates: Tensor, *, delta: Any = None, routing: Any = None, **options: Any
     ) -> Tensor:
         """`[samples, ..., d]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
-        acts = nn.functional.embedding(tokens, self.read)  # [..., C]
-        if delta is None and routing is None:
+        acts = self._acts(tokens)  # [..., C]
+        check_remainder(acts, delta, routing, weight=self.target)
+        if self.target is None or (delta is None and routing is None):
             nothing = acts.new_empty(*tokens.shape, 0)
             return stochastic_rank1_linear(nothing, self.read[:0], self.write, gates, acts=acts, **options)
-        if self.target is None:
-            raise ValueError(f"{'routing' if delta is None else 'delta'} needs weight, got None")
         original = nn.functional.embedding(tokens, self.target.t())  # [..., d], which an identity passes on
         identity = torch.eye(original.shape[-1]).to(original)
         read = acts.new_empty(original.shape[-1], acts.shape[-1])

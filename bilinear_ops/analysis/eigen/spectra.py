@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,16 +15,28 @@ from bilinear_ops._sharding import gathered, over_directions, sharded
 from bilinear_ops.analysis.eigen.eigensolvers import Solution, compress, extremes_first, plan, solve
 from bilinear_ops.analysis.eigen.gradient import differentiable
 from bilinear_ops.analysis.eigen.operators import product
-from bilinear_ops.analysis.progress import bar
+from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.composite.blockwise import widen
-from bilinear_ops.results import Directions, coefficients
+from bilinear_ops.results import Directions, Result, coefficients
 
 WHICH = ("abs", "positive", "negative", "both")
 METHODS = ("auto", "dense", "iterative")
 
 
-class EigenPairs(NamedTuple):
+class EigenPairs(
+    Result,
+    NamedTuple(
+        "EigenPairs",
+        [
+            ("values", Tensor),
+            ("vectors", Tensor),
+            ("residuals", Tensor),
+            ("converged", Tensor),
+            ("next_abs", Tensor),
+        ],
+    ),
+):
     """Eigenpairs of K symmetric matrices, and their accuracy.
 
     Args:
@@ -35,11 +47,7 @@ class EigenPairs(NamedTuple):
         next_abs: `[K]`, the largest |lambda| left out; |error in x^T Q x| <= next_abs |x|^2.
     """
 
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    converged: Tensor
-    next_abs: Tensor
+    __slots__ = ()
 
 
 @sharded("K", over="K", w="h d", v="h d", c="K h", basis="d F")
@@ -123,24 +131,16 @@ def interaction_eigh(
         layer = compress(w, v, basis, count)
     h, d = layer.w.shape
     way = plan(method, sizes["K"], h, d, count)
-    parts = []
-    for part in _chunks(c, max(1, chunk_bytes // (way.workspace * w.itemsize)), progress):
-        with torch.no_grad():
-            solution = solve(layer, part, count, order, tol, way, refine=method == "auto")
-        parts.append(_examined(solution, partial(product, w, v, coefficients(part), basis=basis), tol))
+    rows, parts = c.u if isinstance(c, Directions) else c, []
+    with progress_bar(len(rows), "direction", progress) as advance:
+        for few in rows.split(max(1, chunk_bytes // (way.workspace * w.itemsize))):
+            part = Directions(few, c.p) if isinstance(c, Directions) else few
+            with torch.no_grad():
+                solution = solve(layer, part, count, order, tol, way, refine=method == "auto")
+            parts.append(_examined(solution, partial(product, w, v, coefficients(part), basis=basis), tol))
+            advance(len(few))
     joined = (torch.cat(t) for t in zip(*parts, strict=True))
     return EigenPairs(*(t if t.dtype == torch.bool else t.to(dtype) for t in joined))
-
-
-def _chunks(c: Tensor | Directions, step: int, progress: bool) -> Iterator[Tensor | Directions]:
-    rows = c.u if isinstance(c, Directions) else c
-    shown = bar(len(rows), "direction") if progress else None
-    for part in rows.split(step):
-        yield Directions(part, c.p) if isinstance(c, Directions) else part
-        if shown is not None:
-            shown.update(len(part))
-    if shown is not None:
-        shown.close()
 
 
 def _examined(solution: Solution, multiply: Callable[[Tensor], Tensor], tol: float) -> EigenPairs:
