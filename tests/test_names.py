@@ -21,7 +21,8 @@ NAMES = {
         TruncationCorrelation VirtualLayer
         adversarial_masks augment_biases bias_terms cp_decompose effective_rank even_odd_split glu_gates hosvd hoyer
         interaction_clusters interaction_eigh layer_distance layer_similarity layer_weights load_chunks reexpress
-        run_in_chunks strength strongest_directions truncate truncation_correlation truncation_curve virtual_interactions
+        run_in_chunks strength strongest_directions truncate truncation_correlation truncation_curve
+        virtual_interactions
     """,
     bo.nn: """
         GatedBilinear GatedMLP Rank1Embedding Rank1Linear

@@ -15,7 +15,7 @@ from bilinear_ops import composite, environment, interaction, kernels, rank1, re
 ROOT = Path(bo.__file__).parents[1]
 FAMILIES = {"interaction": interaction, "rank1": rank1}
 SHARED = {  # what the families of a room share
-    composite: {"blockwise"},
+    composite: {"blockwise", "limits"},
     kernels: {"activation", "config", "launching", "records", "tile", "tuning"},
 }
 
