@@ -176,22 +176,22 @@ KERNELS = {
         tiles={
             "sm_80": {
                 PairTile(8, 16, 64, 32, 8, 3): Compiled(
-                    "sm_80 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 174
+                    "sm_80 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 232
                 )
             },
             "sm_90": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
-                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 596
+                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 413
                 )
             },
             "sm_100": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
-                    "sm_100 interaction_pairs_kernel [bfloat16 K=512, 8x16x64x64, 8 warps: rejected]", "spills", 2
+                    "sm_100 interaction_pairs_kernel [float32 K=512 full]", "registers", 209
                 )
             },
             "sm_120": {
                 PairTile(8, 16, 64, 32, 8, 2): Compiled(
-                    "sm_120 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 276
+                    "sm_120 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 247
                 )
             },
             "gfx942": {
@@ -210,7 +210,6 @@ KERNELS = {
         rejected=(
             Rejected("sm_80", torch.float32, PairTile(8, 16, 128, 32, 8, 3)),
             Rejected("sm_90", torch.float32, PairTile(8, 16, 256, 64, 8, 3)),
-            Rejected("sm_100", torch.bfloat16, PairTile(8, 16, 64, 64, 8, 3)),
             Rejected("sm_120", torch.float32, PairTile(8, 16, 128, 32, 8, 2)),
         ),
     ),
@@ -227,7 +226,7 @@ KERNELS = {
             },
             "sm_100": {
                 Tile(64, 64, 64, 4, 3): Compiled(
-                    "sm_100 interaction_direction_kernel [float32 K=8 full]", "registers", 254
+                    "sm_100 interaction_direction_kernel [float32 K=8 full]", "registers", 214
                 )
             },
             "sm_120": {

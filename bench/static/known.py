@@ -31,7 +31,7 @@ KNOWN = (
     Known(
         "stores",
         r"\S+ interaction_(direction|pairs)_kernel \[b?float16 K=\d+ full\]",
-        "the mask i <= j differs from one element to the next, on and off the diagonal alike",
+        "tiles on the diagonal alone: their mask i <= j differs from one element to the next",
     ),
     Known(
         "stores",
