@@ -26,6 +26,7 @@ from bilinear_ops.kernels.tile import INTERPRET
 SHARED_MEMORY = {
     "sm_80": 166_912,
     "sm_86": 101_376,
+    "sm_89": 101_376,
     "sm_90": 232_448,
     "sm_100": 232_448,
     "sm_120": 101_376,
@@ -47,7 +48,8 @@ GEMM_TILES = (
 ROW_TILES = tuple(RowTile(rows, columns, 4) for rows, columns in ((8, 128), (16, 64), (16, 128), (32, 64), (64, 64)))
 GATHER_TILES = tuple(RowTile(rows, columns, 4, 3) for rows, columns in ((4, 128), (8, 64), (8, 256), (16, 128)))
 
-TWINS = {"sm_86": "sm_120"}  # same shared memory and matrix instruction, so that one row of `tiles` serves both
+# Same shared memory and matrix instruction, so that one row serves all.
+TWINS = {"sm_86": "sm_120", "sm_89": "sm_120"}
 
 # Records by the name of the jit function.
 KERNELS = {
@@ -174,22 +176,22 @@ KERNELS = {
         tiles={
             "sm_80": {
                 PairTile(8, 16, 64, 32, 8, 3): Compiled(
-                    "sm_80 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 174
+                    "sm_80 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 232
                 )
             },
             "sm_90": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
-                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 596
+                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 413
                 )
             },
             "sm_100": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
-                    "sm_100 interaction_pairs_kernel [bfloat16 K=512, 8x16x64x64, 8 warps: rejected]", "spills", 2
+                    "sm_100 interaction_pairs_kernel [float32 K=512 full]", "registers", 209
                 )
             },
             "sm_120": {
                 PairTile(8, 16, 64, 32, 8, 2): Compiled(
-                    "sm_120 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 276
+                    "sm_120 interaction_pairs_kernel [float32 K=512, 8x16x128x32, 8 warps: rejected]", "spills", 247
                 )
             },
             "gfx942": {
@@ -208,7 +210,6 @@ KERNELS = {
         rejected=(
             Rejected("sm_80", torch.float32, PairTile(8, 16, 128, 32, 8, 3)),
             Rejected("sm_90", torch.float32, PairTile(8, 16, 256, 64, 8, 3)),
-            Rejected("sm_100", torch.bfloat16, PairTile(8, 16, 64, 64, 8, 3)),
             Rejected("sm_120", torch.float32, PairTile(8, 16, 128, 32, 8, 2)),
         ),
     ),
@@ -225,7 +226,7 @@ KERNELS = {
             },
             "sm_100": {
                 Tile(64, 64, 64, 4, 3): Compiled(
-                    "sm_100 interaction_direction_kernel [float32 K=8 full]", "registers", 254
+                    "sm_100 interaction_direction_kernel [float32 K=8 full]", "registers", 214
                 )
             },
             "sm_120": {
@@ -312,7 +313,8 @@ def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) 
     record = KERNELS[kernel]
     if arch == "interpreter":
         return (record.interpreted,)
-    row = record.tiles.get(TWINS.get(arch, arch)) or record.tiles["any"]
+    arch = TWINS.get(arch, arch)
+    row = record.tiles.get(arch) or record.tiles["any"]
     if record.pointers and has_descriptors(arch) and not descriptors:
         row = record.pointers
     if dtype == torch.float32:
@@ -386,7 +388,7 @@ def _architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     if properties.major == 8:
-        return "sm_80" if properties.minor == 0 else "sm_86"
+        return {0: "sm_80", 9: "sm_89"}.get(properties.minor, "sm_86")
     return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_120")
 
 

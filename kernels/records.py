@@ -65,7 +65,7 @@ LIBRARY = None
 
 @dataclass(frozen=True)
 class Compiled:
-    """A figure of the machine code: `figure` under `key` in bench/static/baseline.json."""
+    """A figure of the machine code: `figure` under `key` in the baseline of bench/static for the pinned versions."""
 
     key: str
     figure: str

@@ -114,7 +114,7 @@ def _is_size(value, least):
 
 
 # sizes of no block: climbs, looks, the words of a generator, costs, and a public option of `interaction_eigh`
-OTHER = {"interaction_eigh", "SEEDS", "MOST_LOOKS", "GOLDEN", "MIX_1", "MIX_2", "GATHER_COST", "COPY_COST"}
+OTHER = {"interaction_eigh", "SAMPLES", "SEEDS", "MOST_LOOKS", "GOLDEN", "MIX_1", "MIX_2", "GATHER_COST", "COPY_COST"}
 
 
 def test_sizes_stand_in_the_record_alone():

@@ -8,13 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.static import baseline
 from bilinear_ops.kernels import config, gated
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
 
 ROOT = Path(__file__).parents[1]
-BASELINE = json.loads((ROOT / "bench/static/baseline.json").read_text())["kernels"]
+PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+BASELINE = baseline.load(baseline.path(PINNED["torch"], PINNED["triton"]))
 RESULTS = ROOT / "bench/results"
 
 

@@ -1,4 +1,4 @@
-"""Read the machine code of a compiled kernel: registers, spills, and the instructions of its main loop."""
+"""Read the machine code of a compiled kernel: registers, spills, its main loop and what lies outside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,30 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HGMMA\.[\dx]+|HMMA\.\d+|UTCHMMA|UTCQMMA|[QI]MMA|v_mfma_\w+)")
-UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
+BRANCH = re.compile(r"BRA\S*\s.*`\((\.L\w+)\)|s_c?branch\w*\s+(\.LBB\w+)")
+NVIDIA_WIDTHS = {"U8": "1", "S8": "1", "U16": "2", "S16": "2", "64": "8", "128": "16", "256": "32"}
+AMD_WIDTHS = {"byte": "1", "short": "2", "dword": "4", "dwordx2": "8", "dwordx3": "12", "dwordx4": "16"}
+SPECIAL = re.compile(r"MUFU\.|v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_")  # exponentials, reciprocals, roots and the like
+UNIT = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
 
 # Clocks per instruction of one warp on a multiprocessor's tensor cores, from the datasheets' dense bf16 rates:
-# 2048 (sm_80), 4096 (sm_90) and 512 (sm_120) FLOP per clock. Four warps issue one HGMMA together.
-HMMA_CLOCKS = {"sm_80": 2.0, "sm_120": 8.0}  # 16 x 8 x 16 products
+# 2048 (sm_80), 4096 (sm_90) and 512 (sm_89, sm_120) FLOP per clock. Four warps issue one HGMMA together.
+HMMA_CLOCKS = {"sm_80": 2.0, "sm_89": 8.0, "sm_120": 8.0}  # 16 x 8 x 16 products
 HGMMA_CLOCKS_A_COLUMN = 0.5 / 4  # 64 x n x 16 products
 
 
 @dataclass
 class Code:
-    """Registers and spill instructions of the whole kernel; the other fields describe its main loop.
+    """What the machine code of a kernel holds; `matrix`, `waits`, `tensor` and `histogram` describe its main loop.
 
-    `tensor` is modelled: tensor-core clocks / max(tensor-core clocks, issue clocks), 1 if tensor cores are the limit.
+    Attributes:
+        tensor: modelled: tensor-core clocks / max(tensor-core clocks, issue clocks), 1 if tensor cores are the limit.
+        stores: stores to global memory outside the main loop, by bytes a thread; "tma" for those of whole tiles.
+        special, loop_special: special-function operations outside the main loop, and in it.
+        syncs: waits outside the main loop: of the block ("barrier"), for a copy into shared memory ("mbarrier"), and
+            for a group of copies or products ("group").
+
+    A kernel without matrix instructions has no main loop: all of it lies outside, and `histogram` counts all of it.
     """
 
     registers: int = 0
@@ -37,13 +48,18 @@ class Code:
     waits: int = 0
     tensor: float | None = None
     histogram: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+    special: int = 0
+    loop_special: int = 0
+    syncs: dict[str, int] = field(default_factory=dict)
 
 
 def read(kernel: Any, arch: str) -> Code:
     """Disassemble a compiled kernel."""
+    warps = kernel.metadata.num_warps
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        code = of_loop(main_loop(_amd_lines(text), r"s_c?branch\w*\s+(\.LBB\w+)"), arch, kernel.metadata.num_warps)
+        code = of_lines(_amd_lines(text), arch, warps)
         code.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))
         code.spills = int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
         return code
@@ -52,29 +68,65 @@ def read(kernel: Any, arch: str) -> Code:
         cubin.flush()
         usage = _run("cuobjdump", "-res-usage", cubin.name)
         sass = _run("nvdisasm", "-c", cubin.name)
-    code = of_loop(main_loop(_sass_lines(sass), r"BRA\S*\s.*`\((\.L\w+)\)"), arch, kernel.metadata.num_warps)
+    code = of_lines(_sass_lines(sass), arch, warps)
     code.registers = int(_first(r"REG:(\d+)", usage))
     code.spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return code
 
 
-def main_loop(lines: Sequence[str], branch: str) -> list[str]:
-    """The instructions of the innermost loop with the most matrix instructions; all instructions if there is none.
+def of_lines(lines: Sequence[str], arch: str, warps: int) -> Code:
+    """Count labels ("name:") and instructions, in their order."""
+    targets = branches(lines)
+    loop = main_loop(lines, targets)
+    inside = [lines[i] for i in loop or range(len(lines)) if not lines[i].endswith(":")]
+    outside = [i for i in range(len(lines)) if i not in loop]
+    code = of_loop(inside, arch, warps)
+    names = [lines[i].split()[0] for i in outside]
+    widths = collections.Counter(width for name in names if (width := _stored(name)))
+    code.stores = {width: widths[width] for width in sorted(widths, key=lambda w: (len(w), w))}
+    code.special = sum(bool(SPECIAL.match(name)) for name in names)
+    code.loop_special = sum(bool(SPECIAL.match(lines[i])) for i in loop)
+    code.syncs = dict(sorted(collections.Counter(kind for i in outside if (kind := _sync(lines, i, targets))).items()))
+    return code
 
-    A loop lies between a label ("name:") and a branch back to it. Innermost: no loop inside has matrix instructions.
+
+def branches(lines: Sequence[str]) -> dict[int, int]:
+    """The line of each branch's label, by the line of the branch."""
+    at = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    found = ((i, BRANCH.match(line)) for i, line in enumerate(lines))
+    return {i: at[label] for i, match in found if match and (label := match.group(1) or match.group(2)) in at}
+
+
+def main_loop(lines: Sequence[str], targets: Mapping[int, int]) -> range:
+    """The lines of the innermost loop with the most matrix instructions; none if there is no such loop.
+
+    A loop lies between a label and a branch back to it. Innermost: no loop inside has matrix instructions.
     """
-    at: dict[str, int] = {}
-    loops = []
-    for i, line in enumerate(lines):
-        if line.endswith(":"):
-            at[line[:-1]] = i
-        elif (target := re.search(branch, line)) and target.group(1) in at:
-            loops.append(range(at[target.group(1)] + 1, i + 1))
+    loops = [range(start + 1, i + 1) for i, start in targets.items() if start < i]
     count = {loop: sum(bool(MATRIX.match(lines[i])) for i in loop) for loop in loops}
     busy = [loop for loop in loops if count[loop]]
     innermost = [a for a in busy if not any(a != b and b.start in a and b.stop - 1 in a for b in busy)]
-    chosen = max(innermost, key=lambda loop: count[loop], default=range(len(lines)))
-    return [lines[i] for i in chosen if not lines[i].endswith(":")]
+    return max(innermost, key=lambda loop: count[loop], default=range(0))
+
+
+def _stored(name: str) -> str:
+    """The bytes that a thread stores to global memory, "tma" for a tile's store, "" for any other instruction."""
+    if name.startswith("UTMASTG"):
+        return "tma"
+    if found := re.match(r"STG?\.E(\S*)", name):
+        parts = found.group(1).split(".")
+        return next((width for part, width in NVIDIA_WIDTHS.items() if part in parts), "4")
+    found = re.match(r"(?:global|buffer|flat)_store_(byte|short|dwordx?\d?)", name)
+    return AMD_WIDTHS[found.group(1)] if found else ""
+
+
+def _sync(lines: Sequence[str], i: int, targets: Mapping[int, int]) -> str:
+    """What the instruction waits for: see Code.syncs."""
+    if re.match(r"BAR\.|s_barrier", lines[i]):
+        return "barrier"
+    if lines[i].startswith("SYNCS.PHASECHK"):  # the compiler moves its repetition, which branches back, out of line
+        return "mbarrier" if targets.get(i + 1, len(lines)) > i else ""
+    return "group" if re.match(r"(?:WARPGROUP\.)?DEPBAR\.", lines[i]) else ""
 
 
 def of_loop(loop: Sequence[str], arch: str, warps: int) -> Code:

@@ -33,17 +33,23 @@ def load_rows(ptr, stride_r, row, rows, h, BLOCK_R: tl.constexpr, BLOCK_H: tl.co
 
 
 @triton.jit
-def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr):
-    """Store Q_k[i, j] to the packed layout, or to both triangles; i, j and k broadcast to the tile."""
+def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr, ABOVE: tl.constexpr):
+    """Store Q_k[i, j] to the packed layout, or to both triangles; i, j and k broadcast to the tile.
+
+    ABOVE says that i < j in all of the tile: no mask then depends on i and j, and stores are 16 bytes wide.
+    """
     q = q_ptr + k.to(tl.int64) * stride_qk
     i = i.to(tl.int64)
     j = j.to(tl.int64)
     tile = tile.to(q_ptr.dtype.element_ty)
-    inside = (i <= j) & (j < D) & (k < K)
-    if PACKED:
-        tl.store(q + (i * D - i * (i - 1) // 2 + j - i), tile, mask=inside)
-    else:
+    inside = (j < D) & (k < K)
+    if ABOVE:
         tl.store(q + (i * D + j), tile, mask=inside)
+        tl.store(q + (j * D + i), tile, mask=inside)
+    elif PACKED:
+        tl.store(q + (i * D - i * (i - 1) // 2 + j - i), tile, mask=inside & (i <= j))
+    else:
+        tl.store(q + (i * D + j), tile, mask=inside & (i <= j))
         tl.store(q + (j * D + i), tile, mask=inside & (i < j))
 
 
@@ -76,13 +82,17 @@ def interaction_pairs_kernel(
         s = w_i[:, None, :] * v_j[None, :, :] + v_i[:, None, :] * w_j[None, :, :]
         s = s.reshape(BLOCK_I * BLOCK_J, BLOCK_H).to(c.dtype)
         acc = tl.dot(s, c.T, acc, input_precision=PRECISION)
-    pair = tl.arange(0, BLOCK_I * BLOCK_J)
-    i = (i0 + pair // BLOCK_J)[:, None]
-    j = (j0 + pair % BLOCK_J)[:, None]
+    i = (i0 + tl.arange(0, BLOCK_I))[:, None, None]
+    j = (j0 + tl.arange(0, BLOCK_J))[None, :, None]
     quarters = column_quarters(acc)  # fewer live registers in the epilogue
+    above = j0 >= i0 + BLOCK_I
     for part in tl.static_range(SUBTILES):
-        k = (k0 + part * (BLOCK_K // SUBTILES) + tl.arange(0, BLOCK_K // SUBTILES))[None, :]
-        store_pairs(q_ptr, stride_qk, quarters[part], i, j, k, D, K, PACKED)
+        k = (k0 + part * (BLOCK_K // SUBTILES) + tl.arange(0, BLOCK_K // SUBTILES))[None, None, :]
+        tile = quarters[part].reshape(BLOCK_I, BLOCK_J, BLOCK_K // SUBTILES)
+        if above and not PACKED:
+            store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED, True)
+        else:
+            store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED, False)
 
 
 @triton.jit
@@ -108,7 +118,11 @@ def interaction_direction_kernel(
         acc = tl.dot((x.to(tl.float32) * c[None, :]).to(y.dtype), y.T, acc, input_precision=PRECISION)
     i = (i0 + tl.arange(0, BLOCK))[:, None]
     j = (j0 + tl.arange(0, BLOCK))[None, :]
-    store_pairs(q_ptr, stride_qk, acc, i, j, tl.full((1, 1), k, tl.int32), D, tl.num_programs(1), PACKED)
+    k = tl.full((1, 1), k, tl.int32)
+    if j0 > i0 and not PACKED:
+        store_pairs(q_ptr, stride_qk, acc, i, j, k, D, tl.num_programs(1), PACKED, True)
+    else:
+        store_pairs(q_ptr, stride_qk, acc, i, j, k, D, tl.num_programs(1), PACKED, False)
 
 
 def interaction_matrices(
