@@ -227,7 +227,7 @@ def resumable():
         def __init__(self, total, unit, disable):
             shown.append((total, unit, disable))
 
-        def update(self):
+        def update(self, n=0):
             pass
 
         close = update

@@ -206,7 +206,8 @@ class GatedMLP(_Gated):
         The layer takes over parameters, and nothing that was attached to a Linear. So
 
         - merge an adapter (LoRA) into its Linear before the swap, and attach new ones to `to_linear()`;
-        - quantise or parallelise (tensor parallel) the layer, or its Linears if it is swapped for them again;
+        - quantise w, v and p themselves, or the Linears of `to_linear()`;
+        - tensor parallel: `integrations.distributed.parallel_plan` shards the layer, once it is in place;
         - the layer is saved as w, v, p: load a checkpoint of the Linears before the swap;
         - an optimizer made before the swap still trains the layer, as parameters are the same objects.
 
