@@ -76,7 +76,17 @@ def test_from_linear():
     assert bo.nn.Rank1Linear.from_linear(torch.nn.Linear(6, 4, bias=False), 9).bias is None
 
 
-@pytest.mark.parametrize("options", ({}, {"delta": "uniform"}, {"routing": torch.arange(5) % 2 > 0}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"delta": "uniform"},
+        {"delta": "uniform", "stream": 3},
+        {"delta": torch.linspace(0, 1, 5), "sampling": "binomial"},
+        {"routing": torch.arange(5) % 2 > 0},
+        {"routing": torch.arange(5) % 2 > 0, "delta": "uniform"},
+    ),
+)
 def test_stochastic_embedding_is_that_of_one_hot_tokens(options):
     module = bo.nn.Rank1Embedding(11, 4, 9, weight=randn(11, 4))
     tokens, gates = torch.randint(11, (2, 5)), torch.rand(2, 5, 9)

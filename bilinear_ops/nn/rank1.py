@@ -8,9 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops import _op
 from bilinear_ops._check import check_beside, check_index
 from bilinear_ops._masks import check_remainder
 from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
+from bilinear_ops.rank1.masks import stochastic_delta
+
+DRAWN = ("samples", "seed", "stream", "row_numbers", "impl")  # options that draws of masks and of deltas share
 
 
 def _check_frozen(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -142,12 +146,23 @@ class Rank1Embedding(_Rank1):
         """`[samples, ..., d]` under drawn masks; options as for `bilinear_ops.stochastic_rank1_linear`."""
         acts = self._acts(tokens)  # [..., C]
         check_remainder(acts, delta, routing, weight=self.target)
+        nothing = acts.new_empty(*tokens.shape, 0)
+        y = stochastic_rank1_linear(nothing, self.read[:0], self.write, gates, acts=acts, **options)
         if self.target is None or (delta is None and routing is None):
-            nothing = acts.new_empty(*tokens.shape, 0)
-            return stochastic_rank1_linear(nothing, self.read[:0], self.write, gates, acts=acts, **options)
-        original = nn.functional.embedding(tokens, self.target.t())  # [..., d], which an identity passes on
-        identity = torch.eye(original.shape[-1]).to(original)
-        read = acts.new_empty(original.shape[-1], acts.shape[-1])
-        return stochastic_rank1_linear(
-            original, read, self.write, gates, acts=acts, weight=identity, delta=delta, routing=routing, **options
-        )
+            return y
+        original = nn.functional.embedding(tokens, self.target.t())  # [..., d]
+        if isinstance(delta, str):
+            if delta != "uniform":
+                raise ValueError(f'delta must be a tensor or "uniform", got {delta!r}')
+            drawn = {name: options[name] for name in DRAWN if name in options}
+            delta = stochastic_delta(tokens.shape, device=acts.device, **drawn)
+        if delta is not None:
+            check_beside(acts, delta=(delta, y.shape[:-1]))
+            y = (y + delta[..., None] * _remainder(acts, self.write, original)).to(y.dtype)
+        return y if routing is None else torch.where(routing[..., None], y, original.to(y.dtype))
+
+
+@_op.without_autocast
+def _remainder(acts: Tensor, write: Tensor, original: Tensor) -> Tensor:
+    """What the subcomponents of a token leave of its embedding: a small difference of large numbers."""
+    return original - acts @ write
