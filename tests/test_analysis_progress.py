@@ -7,8 +7,9 @@ import torch
 from analysis_inputs import layer
 
 from bilinear_ops import analysis
-from bilinear_ops.analysis import singular, truncation
+from bilinear_ops.analysis import truncation
 from bilinear_ops.analysis.progress import progress_bar
+from bilinear_ops.composite.limits import limits
 
 CALLS = {
     "interaction_eigh": lambda w, v, p, **o: analysis.interaction_eigh(w, v, p, 1, chunk_bytes=1, **o),
@@ -49,7 +50,7 @@ def bars(monkeypatch):
         def close(self):
             self.closed = True
 
-    monkeypatch.setattr(singular, "TILE", 5)
+    monkeypatch.setattr(limits, "gram_neurons", 5)
     monkeypatch.setattr(truncation, "blocks", lambda total, _: [(i, min(i + 3, total)) for i in range(0, total, 3)])
     monkeypatch.setitem(sys.modules, "tqdm", type("module", (), {}))
     monkeypatch.setitem(sys.modules, "tqdm.auto", type("module", (), {"tqdm": Bar}))
