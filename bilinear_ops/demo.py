@@ -173,7 +173,8 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
     kept = truncation_curve(data.test_x, pairs, data.test_y)
     found = ", ".join(f"top {n} {kept[n - 1]:.1%}" for n in ranks)
     print(
-        f"  test accuracy with only the strongest eigenvectors of each class: {found}; whole layer {accuracy(model, data.test_x, data.test_y):.1%}"
+    whole = accuracy(model, data.test_x, data.test_y)
+    print(f"  test accuracy with only the strongest eigenvectors of each class: {found}; whole layer {whole:.1%}")
     )
     try:
         print(f"  eigenvectors drawn in {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}")
