@@ -172,10 +172,8 @@ def describe_interactions(model: GatedMLP, data: Digits) -> None:
     print(f"  low frequencies, mean of the classes: {low.mean().item():.1%} (white noise: {chance:.1%})")
     kept = truncation_curve(data.test_x, pairs, data.test_y)
     found = ", ".join(f"top {n} {kept[n - 1]:.1%}" for n in ranks)
-    print(
     whole = accuracy(model, data.test_x, data.test_y)
     print(f"  test accuracy with only the strongest eigenvectors of each class: {found}; whole layer {whole:.1%}")
-    )
     try:
         print(f"  eigenvectors drawn in {save_eigenvectors(values, vectors, 'digits_eigenvectors.png')}")
     except ModuleNotFoundError:
