@@ -118,7 +118,7 @@ KERNELS = {
         tiles={
             "sm_80": {
                 Tile(128, 128, 32, 8, 3): Compiled(
-                    "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 165
+                    "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 151
                 ),
                 Tile(64, 64, 32, 4, 3): Compiled(
                     "sm_80 gated_backward_kernel [bfloat16 64x64x32 aligned]", "shared", 16384
@@ -129,12 +129,12 @@ KERNELS = {
             },
             "sm_100": {
                 Tile(128, 128, 64, 8, 3): Compiled(
-                    "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 156
+                    "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 158
                 )
             },
             "sm_120": {
                 Tile(64, 64, 32, 4, 3): Compiled(
-                    "sm_120 gated_backward_kernel [bfloat16 128x64x32 aligned, 8 warps: rejected]", "spills", 2
+                    "sm_120 gated_backward_kernel [bfloat16 64x64x32 aligned]", "registers", 128
                 )
             },
             "gfx942": {
@@ -158,7 +158,6 @@ KERNELS = {
         rejected=(
             Rejected("sm_80", torch.bfloat16, Tile(128, 128, 32, 4, 3)),
             Rejected("sm_100", torch.float32, Tile(128, 128, 64, 8, 3)),
-            Rejected("sm_120", torch.bfloat16, Tile(128, 64, 32, 8, 3)),
         ),
     ),
     "gate_kernel": Kernel(
@@ -167,7 +166,7 @@ KERNELS = {
         candidates=ROW_TILES,
     ),
     "gate_backward_kernel": Kernel(
-        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_100 gate_backward_kernel [float32 alone]", "registers", 128)}},
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_100 gate_backward_kernel [float32 alone]", "registers", 138)}},
         interpreted=RowTile(64, 64, 4),
         candidates=ROW_TILES,
     ),

@@ -85,6 +85,6 @@ def test_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with progress_bar(3, "thing", False) as advance:
         advance(1)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "bilinear-ops\[progress\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install tqdm"):
         with progress_bar(3, "thing", True):
             pass

@@ -225,8 +225,9 @@ def test_exit_status_of_the_static_gate(spills: int, monkeypatch: pytest.MonkeyP
     pytest.importorskip("triton")
     from bench.static import gate, sass
 
-    found = gate.Report("kernel", "case", "sm_90", 0, sass.Code(spills=spills))
+    found = gate.Report("kernel", "case", "sm_90", 0, sass.Code(spills=spills), programs=1, tiles=1, resident=1)
     monkeypatch.setattr(gate, "all_reports", lambda *a: [found])
+    monkeypatch.setattr(gate.baseline, "load", lambda file: {str(found): found.figures()})
     monkeypatch.setattr(sys, "argv", ["bench.static"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("bench.static", run_name="__main__")

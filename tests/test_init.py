@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import bilinear_ops as bo
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import randn
 
@@ -99,7 +100,7 @@ def layer_tensors(tokens=300, d=6, h=7, o=5):
 @pytest.mark.parametrize("activation", ("identity", "silu", "swish"))
 def test_routing_with_ones_is_ordinary_training(activation, impl, monkeypatch):
     """Bit for bit, in several blocks of rows."""
-    monkeypatch.setattr(bo.composite.gated, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(limits, "gradient_bytes", 1)
     tensors, dy = layer_tensors(), randn(300, 5)
     for wanted in (tensors, tensors[3:4], tensors[2:4]):
         expected = torch.autograd.grad(bo.gated_mlp(*tensors, activation=activation, impl=impl), wanted, dy)

@@ -88,6 +88,7 @@ BRANCHES = {
         torch.rand(5, 4),
         seed=1,
     ),
+    "gate": lambda: partial(bo.gate, randn(5, 4, requires_grad=True), randn(5, 4, requires_grad=True)),
     "interaction_matrices, few directions": partial(matrices, 3),
     "interaction_matrices, many directions": partial(matrices, 20),
     "interaction_matrices, low rank formed": partial(matrices, 20, directions=2),

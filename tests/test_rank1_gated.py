@@ -8,7 +8,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
-from bilinear_ops.composite.rank1 import masked as composite
+from bilinear_ops.composite.limits import limits
 from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import randn
 
@@ -19,7 +19,7 @@ IMPLS = ("torch", "triton")
 @pytest.fixture(autouse=True)
 def _small_slabs(monkeypatch):
     """Several slabs of tokens at every size but the smallest."""
-    monkeypatch.setattr(composite, "SLAB", 400)
+    monkeypatch.setattr(limits, "slab", 400)
 
 
 def inputs(
@@ -261,7 +261,7 @@ ERRORS = {
     "no seed": (dict(seed=None), TypeError, "seed must be an int or an int64 tensor .*got NoneType"),
     "no gates": (dict(gates=None), TypeError, "gates must be a torch.Tensor, got NoneType"),
     "samples": (dict(samples=0), ValueError, "samples must be at least 1, got 0"),
-    "activation": (dict(activation="tanh"), ValueError, "activation must be one of"),
+    "activation": (dict(activation="swiglu"), ValueError, "activation must be one of"),
     "beta": (dict(beta=0.5), ValueError, "beta belongs to activation='swish'"),
     "impl": (dict(impl="cuda"), ValueError, "impl must be .*got 'cuda'"),
     "shape of a given mask": (dict(mask=randn(9, 5)), RuntimeError, r"mask must broadcast to \[9, 11\], got \[9, 5\]"),

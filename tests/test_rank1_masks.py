@@ -61,13 +61,13 @@ def test_same_for_every_tile(shape, monkeypatch):
 @pytest.mark.parametrize("draw", (reference.rank1.masks.uniform, composite.uniform, kernels.uniform))
 def test_draws_at_any_numbers(draw, monkeypatch):
     """Rows and columns in any order, odd ones first, far ones among them: the draws that they have in the whole."""
-    monkeypatch.setattr(composite, "BLOCK", 100)
+    monkeypatch.setattr(limits, "draws", 100)
     rows, columns = torch.tensor([7, 2, 69, 3, 2**39]), torch.tensor([129, 0, 5, 4, 3, 130, 17])
     for r, c in ((rows, columns), (rows, None), (None, columns)):
         row = list(range(5)) if r is None else r.tolist()
         column = list(range(7)) if c is None else c.tolist()
         expected = [[[oracle(5, 1, s, i, j) for j in column] for i in row] for s in range(2)]
-        with tuning.using(uniform=config.RowTile(2, 4, 4)):
+        with tuning.using(uniform_kernel=config.RowTile(2, 4, 4)):
             assert draw(torch.tensor(5), 1, 2, 5, 7, r, c).tolist() == expected
 
 
