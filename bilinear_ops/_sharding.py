@@ -3,8 +3,8 @@
 A rule names the axes of every tensor. On each dimension of the mesh either nothing is sharded, or one named axis is, in
 every tensor that has it; the result is then sharded over it too, or, if it lacks the axis, a partial sum. The gradient
 of a tensor that lacks the axis is a partial sum, that of a tensor that has it is sharded alike. So a rule fixes the
-placements of outputs and gradients, nothing is redistributed behind the caller's back, and no collective runs: where
-one is needed, the caller's layout of the result asks for it.
+placements of outputs and gradients, and nothing is redistributed silently. No collective runs, but for the gradient of
+a plain 0-dim tensor, which is summed over the ranks: where one is needed, the caller's layout of the result asks for it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,20 @@ def sharded(
             else:
                 return function(*args, **options)
             arguments = {**dict(zip(names, args, strict=False)), **options}
+            if arguments.get("group") is not None:
+                refuse_sharded(function.__name__, value, "group= deals plain tensors to the ranks; leave group out")
             call = _Call(function.__name__.lstrip("_"), axes, arguments)
             return call.run(function, result, over.split(), once, numbers or {})
 
         return wrapped
 
     return decorate
+
+
+def refuse_sharded(name: str, value: object, instead: str) -> None:
+    """Raise RuntimeError if this is a DTensor or holds one, where a result would be wrong or gathered silently."""
+    if is_sharded(value):
+        raise RuntimeError(f"{name} cannot take these DTensors: {instead}")
 
 
 def is_sharded(value: object) -> bool:

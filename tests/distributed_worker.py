@@ -8,6 +8,7 @@ import copy
 import datetime
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -511,6 +512,14 @@ def refusals():
     refused("it shards x over tokens and w over h", Shard(0), Shard(0), Shard(0), Shard(1))
     refused("x is a plain tensor beside the DTensor w: pass DTensor.from_local", R, R, R, R, plain=(0,))
     refused("mesh dimension tp: x is P", Partial(), R, R, R)
+    sharded_c, group = on(mesh, randn(6, 12), Shard(0)), dist.group.WORLD
+    for analyse in (bo.interaction_moments, bo.analysis.interaction_eigh, partial(bo.interaction_topk, n=2)):
+        with pytest.raises(RuntimeError, match="group= deals plain tensors"):
+            analyse(on(mesh, w, R), on(mesh, v, R), sharded_c, group=group)
+    with pytest.raises(RuntimeError, match="iter_interaction_matrices cannot take these DTensors"):
+        bo.iter_interaction_matrices(w, v, sharded_c, chunk_bytes=1 << 20)
+    with pytest.raises(RuntimeError, match="eigen_form cannot take these DTensors: there is no sharding rule"):
+        bo.eigen_form(on(mesh, x, Shard(0)), randn(2, 3), randn(2, 3, 8))
     with pytest.raises(RuntimeError, match="v has 13 h, other tensors 12"):
         bo.gated_mlp(on(mesh, x, R), on(mesh, w, Shard(0)), on(mesh, randn(13, 8), Shard(0)), on(mesh, p, Shard(1)))
     with pytest.raises(TypeError, match="GatedParallel shards a GatedMLP, got Linear"):

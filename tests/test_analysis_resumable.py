@@ -101,8 +101,9 @@ def test_refusals(tmp_path):
     for other in (dict(chunk=3), dict(description="second")):
         with pytest.raises(ValueError, match="holds the files of another run"):
             analysis.run_in_chunks(lambda part: part, c, tmp_path, **{**options, **other})
-    with pytest.raises(ValueError, match="another run"):
-        analysis.run_in_chunks(lambda part: part, c.double(), tmp_path, **options)
+    for others in (c.double(), 2 * c):
+        with pytest.raises(ValueError, match="another run"):
+            analysis.run_in_chunks(lambda part: part, others, tmp_path, **options)
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         analysis.run_in_chunks(lambda part: part, c, tmp_path, chunk=0)
     with pytest.raises(TypeError, match="chunk must be an int"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -46,6 +47,9 @@ def run_in_chunks(
     Returns:
         the files of all chunks in order, for `load_chunks`; they are read with `torch.load` too.
 
+    The values of c are part of what names a run. The tensors that `analyse` closes over are not: name them in
+    description.
+
     Raises:
         TypeError: chunk not an int.
         ValueError: chunk below 1, or a folder that holds the files of another run.
@@ -57,7 +61,7 @@ def run_in_chunks(
     count = rows.shape[0]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"directions": count, "chunk": chunk, "dtype": str(rows.dtype), "description": description}
+    plan = {"directions": count, "chunk": chunk, "dtype": str(rows.dtype), "description": description, "c": _digest(c)}
     _agree_on(plan, folder)
     paths = [folder / f"{start:012d}.pt" for start in range(0, count, chunk)]
     mine = _dealt([i for i, path in enumerate(paths) if not path.exists()], group)
@@ -70,6 +74,14 @@ def run_in_chunks(
     if group is not None:
         torch.distributed.barrier(group)
     return paths
+
+
+def _digest(c: Tensor | Directions) -> str:
+    """Of the values of the directions: other ones are another run."""
+    found = hashlib.sha256()
+    for t in c if isinstance(c, Directions) else (c,):
+        found.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_chunks(paths: list[Path]) -> dict[str, Tensor]:

@@ -44,6 +44,8 @@ class GatedParallel(ParallelStyle):
             module.register_parameter(key, nn.Parameter(part, requires_grad=t.requires_grad))
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+        if not inputs:
+            raise TypeError("a layer under parallel_plan takes x by position, as layer(x)")
         x, *others = inputs
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [self.layout], run_check=False)
@@ -59,7 +61,8 @@ def parallel_plan(module: nn.Module, *, sequence_dim: int | None = None) -> dict
 
     Args:
         module: a `GatedMLP` or a model that holds some.
-        sequence_dim: as for `GatedParallel`; 1 for `[B, S, d]` sharded over the sequence.
+        sequence_dim: as for `GatedParallel`; 1 for `[B, S, d]` sharded over the sequence. Plain inputs must have as
+            many tokens on every rank; where they have not, pass a DTensor.
 
     Returns:
         `{path: GatedParallel}`, to be merged with the plan of the other modules.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_index, check_layer
-from bilinear_ops._sharding import sharded
+from bilinear_ops._sharding import refuse_sharded, sharded
 from bilinear_ops.composite.interaction import entries as composite
 from bilinear_ops.results import ActiveInteractions, Directions
 
@@ -89,6 +89,9 @@ def active_interactions(
         RuntimeError, TypeError: as `interaction_diagonal`; TypeError for indices that are not int64.
         IndexError: an index out of range.
     """
+    refuse_sharded(
+        "active_interactions", (w, v, c, basis, in_indices, in_acts), "there is no sharding rule; pass plain tensors"
+    )
     sizes = check_layer(w, v, c, basis)
     check(w=(w, "h d"), in_acts=(in_acts, "T a"))
     check_index("in_indices", in_indices, sizes["F"], tuple(in_acts.shape), w)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_index
-from bilinear_ops._sharding import sharded
+from bilinear_ops._sharding import refuse_sharded, sharded
 from bilinear_ops.composite.interaction import forms as composite
 from bilinear_ops.results import REDUCTIONS
 
@@ -64,6 +64,7 @@ def eigen_form(
         IndexError: an index out of range.
         ValueError: unknown reduce.
     """
+    refuse_sharded("eigen_form", (x, values, vectors), "there is no sharding rule; pass plain tensors")
     sizes = check(x=(x, "... d" if pairs is None else "M d"), values=(values, "K r"), vectors=(vectors, "K r d"))
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_integers, check_layer
-from bilinear_ops._sharding import own_directions, sharded
+from bilinear_ops._sharding import own_directions, refuse_sharded, sharded
 from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.results import LAYOUTS, Directions
 
@@ -74,6 +74,7 @@ def iter_interaction_matrices(
     Raises:
         as `interaction_matrices`; ValueError for a budget that does not hold one direction.
     """
+    refuse_sharded("iter_interaction_matrices", (w, v, c), "pass plain tensors and group=")
     sizes = check_layer(w, v, c)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")

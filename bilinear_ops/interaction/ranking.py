@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_integers, check_layer
-from bilinear_ops._sharding import gathered, is_sharded, over_directions, sharded
+from bilinear_ops._sharding import gathered, is_sharded, over_directions, refuse_sharded, sharded
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.composite.interaction import ranking as composite
 from bilinear_ops.composite.limits import limits
@@ -73,6 +73,8 @@ def interaction_topk(
         ValueError: unknown score, scope or impl, or n out of range.
     """
     if group is not None:
+        tensors = (w, v, c, basis, weight)
+        refuse_sharded("interaction_topk", tensors, "group= deals plain tensors to the ranks; leave group out")
         check_layer(w, v, c, basis)
         whole, shared = over_directions(group, w)
         part = shared if isinstance(weight, Tensor) and weight.dim() == 3 else whole
