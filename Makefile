@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m bilinear_ops demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: .venv/installed
 	$(BIN)/python -m bench

@@ -4,7 +4,7 @@ A rule names the axes of every tensor. On each dimension of the mesh either noth
 every tensor that has it; the result is then sharded over it too, or, if it lacks the axis, a partial sum. The gradient
 of a tensor that lacks the axis is a partial sum, that of a tensor that has it is sharded alike. So a rule fixes the
 placements of outputs and gradients, and nothing is redistributed silently. No collective runs, but for the gradient of
-a plain 0-dim tensor, which is summed over the ranks: where one is needed, the caller's layout of the result asks for it.
+a plain 0-dim tensor, which is summed over the ranks; where one is needed, the caller asks for a layout that brings it.
 """
 
 from __future__ import annotations
