@@ -28,7 +28,7 @@ def example(receipts: Iterable[Receipt]) -> str:
     r = _of(receipts, *EXAMPLE)
     if r is None:
         return "No receipts yet."
-    return f"{_figures(r, 'eager')}. Device: {r['device'].removeprefix('CPU: ')}, {r['clock']}."
+    return f"{_figures(r)}. Device: {r['device'].removeprefix('CPU: ')}, {r['clock']}."
 
 
 def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
@@ -37,15 +37,15 @@ def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
     return max(found, key=lambda r: r["date"], default=None)
 
 
-def _figures(r: Receipt, baseline: str = "") -> str:
-    """Our peak memory and time in place of the baseline's, by default the best one's."""
-    name = baseline or r["best_baseline"]
-    theirs = r["baselines"][name]
-    times = f"{duration(r['p50'])} in place of {duration(theirs['p50'])}"
-    peaks = ""
-    if theirs["peak_memory"]:
-        peaks = f"{_size(r['peak_memory'])} of memory in place of {_size(theirs['peak_memory'])}, "
-    return f"{peaks}{times} ({name} PyTorch; {_sizes(r)})"
+def _figures(r: Receipt) -> str:
+    """Our peak memory and time in place of eager PyTorch's, and those of the best baseline if that is another one."""
+    eager, best = r["baselines"]["eager"], r["best_baseline"]
+    peaks = f"{_size(r['peak_memory'])} of memory in place of {_size(eager['peak_memory'])}"
+    text = f"{peaks}, {duration(r['p50'])} in place of {duration(eager['p50'])} (eager PyTorch; {_sizes(r)})"
+    if best == "eager":
+        return text
+    other = r["baselines"][best]
+    return f"{text}; {best}: {_size(other['peak_memory'])}, {duration(other['p50'])}"
 
 
 def _size(count: float) -> str:

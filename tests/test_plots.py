@@ -221,7 +221,7 @@ def test_errors(draw, error, message):
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install matplotlib'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib"):
         plots.spectrum(randn(2, 3))
 
 
