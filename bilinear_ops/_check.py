@@ -12,19 +12,21 @@ from bilinear_ops._impl import needs_reference
 from bilinear_ops.results import SAMPLINGS, Directions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DENSE = (torch.strided,)
+OR_JAGGED = (torch.strided, torch.jagged)
 
 
-def check(**arguments: tuple[object, str]) -> dict[str, int]:
+def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[object, str]) -> dict[str, int]:
     """Check types, dtypes, devices and shapes of an op's tensors before any work; returns the named sizes.
 
     Each argument is given as `(tensor, axes)`. Axes are names, bound to sizes from left to right over all arguments:
     `check(x=(x, "... d"), w=(w, "h d"), b=(b, "? h"))`. A leading `...` stands for any leading dimensions, a leading
-    `?` allows None. All tensors share the dtype and the device of the first one.
+    `?` allows None. All tensors share the dtype and the device of the first one, and have one of the layouts.
 
-    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
+    Raises TypeError for a non-tensor or an unsupported dtype or layout, RuntimeError for a mismatched dtype, device or
+    shape.
     """
     sizes: dict[str, int] = {}
-    owner: dict[str, str] = {}  # which argument a size is that of
     first: Tensor | None = None
     first_name = ""
     for name, (t, spec) in arguments.items():
@@ -32,29 +34,48 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
         if axes[0] == "?":
             if t is None:
                 continue
-            axes = axes[1:]
+            del axes[0]
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if t.layout not in layouts or t.is_nested and t.layout == torch.strided:
+            nested = "nested, " if t.is_nested else ""
+            raise TypeError(f"{name} must be a dense tensor, got {nested}{t.layout}")
         if first is None:
             first, first_name = t, name
         if t.dtype != first.dtype:
             raise RuntimeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
         if t.device != first.device:
             raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
-        shape: tuple[int, ...] = tuple(t.shape)
+        shape = t.shape
         if axes[0] == "...":
-            axes = axes[1:]
+            del axes[0]
             shape = shape[max(len(shape) - len(axes), 0) :]
-        bound = dict(sizes)
-        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
-            named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
-            origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
-            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}{origin}")
-        for axis in axes:
-            owner.setdefault(axis, name)
+        fits = len(shape) == len(axes)
+        for axis, n in zip(axes, shape, strict=False):
+            fits = fits and sizes.setdefault(axis, n) == n
+        if not fits:
+            raise RuntimeError(_mismatch(name, t, arguments))
     return sizes
+
+
+def _mismatch(name: str, t: Tensor, arguments: dict[str, tuple[object, str]]) -> str:
+    """What the shape of an argument should be, and which arguments before it say so."""
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for other, (before, spec) in arguments.items():
+        axes = spec.lstrip("? ").split()
+        if other == name:
+            break
+        if isinstance(before, Tensor):
+            named = [axis for axis in axes if axis != "..."]
+            for axis, n in zip(named, before.shape[before.dim() - len(named) :], strict=True):
+                sizes.setdefault(axis, n)
+                owner.setdefault(axis, other)
+    expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+    origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
+    return f"{name} must have shape [{expected}], got {list(t.shape)}{origin}"
 
 
 def check_integers(**arguments: object) -> None:

@@ -76,7 +76,8 @@ def routed_gated_mlp(
     )
     lead, h = x.shape[:-1], w.shape[0]
     check_beside(x, route=(route, (*lead, h)))
-    numbers = gated.check_gate(activation, gated.Numbers(beta), x)
+    gated.check_gate(activation, beta, None, None, x)
+    numbers = gated.Numbers(beta)
     slope, *_ = gated.number_tensors(activation, numbers, x)
     rows, of_rows = x.reshape(lead.numel(), x.shape[-1]), route.expand(*lead, h).reshape(lead.numel(), h)
     y = _Routed.apply(rows, w, v, p, b_w, b_v, b_p, slope, of_rows, activation, _impl.resolve(impl, x))
