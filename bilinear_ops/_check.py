@@ -34,7 +34,7 @@ def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[objec
         if axes[0] == "?":
             if t is None:
                 continue
-            del axes[0]
+            axes = axes[1:]
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
@@ -50,7 +50,7 @@ def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[objec
             raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
         shape = t.shape
         if axes[0] == "...":
-            del axes[0]
+            axes = axes[1:]
             shape = shape[max(len(shape) - len(axes), 0) :]
         fits = len(shape) == len(axes)
         for axis, n in zip(axes, shape, strict=False):

@@ -11,7 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilinear_ops as bo
+from bench.harness.timing import peak_memory
 from bilinear_ops import gated, testing
+from bilinear_ops.composite.interaction import ranking
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.testing import randn
 
@@ -45,11 +47,6 @@ def both_sides(monkeypatch, f):
         monkeypatch.setattr(limits, "small_on_cpu", bound)
         found.append(f())
     return found
-
-
-def test_the_threshold(monkeypatch, calls):
-    both_sides(monkeypatch, lambda: layer()(randn(M, D)))
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("activation", ("identity", "swish", "silu_clamped"))
@@ -232,3 +229,115 @@ def test_autocast_takes_the_op(autocast, monkeypatch, calls):
     with torch.autocast("cpu", enabled=autocast):
         layer()(randn(M, D))
     assert len(calls) == autocast
+
+
+def stochastic(sampling="continuous", samples=1, **options):
+    """y and the gradients of a stochastic step of 7 tokens in sequences, whose gates repeat."""
+    torch.manual_seed(1)
+    x, gates = randn(3, 7, D).requires_grad_(), torch.rand(7, 8).requires_grad_()
+    read, write, bias = randn(D, 8).requires_grad_(), randn(8, OUT).requires_grad_(), randn(OUT).requires_grad_()
+    y = bo.stochastic_rank1_linear(
+        x, read, write, gates, bias, samples=samples, seed=3, sampling=sampling, **options
+    )  # fmt: skip
+    leaves = (x, read, write, gates, bias)
+    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(-1), allow_unused=True)
+
+
+@pytest.mark.parametrize("samples", (1, 3))
+@pytest.mark.parametrize("sampling", ("continuous", "binomial"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"weight": randn(OUT, D), "delta": "uniform"},
+        {"weight": randn(OUT, D), "routing": torch.rand(3, 7) < 0.5},
+        {"acts": randn(3, 7, 8), "stream": 2},
+        {"row_numbers": torch.arange(21).view(3, 7).flip(0), "column_numbers": torch.arange(8).flip(0)},
+    ),
+    ids=("masks", "delta", "routing", "acts", "numbers"),
+)
+def test_masks_kept_or_drawn_again(options, sampling, samples, monkeypatch):
+    """A small step keeps its masks, a larger one draws them twice: the same masks, and the same gradients."""
+    found, calls, op = [], [], bo.rank1.masked.rank1_op
+    monkeypatch.setattr(bo.rank1.masked, "rank1_op", lambda *args: calls.append(1) or op(*args))
+    for bound in (21 * 8 * samples, 21 * 8 * samples - 1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        found.append(stochastic(sampling, samples, **options))
+    assert len(calls) == 1
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kept_mask_is_the_mask_drawn(monkeypatch):
+    """Bitwise what `stochastic_mask` returns, read through an identity."""
+    monkeypatch.setattr(limits, "kept_masks", math.inf)
+    gates, one = torch.rand(9, 6), torch.eye(6)
+    for sampling in ("continuous", "binomial"):
+        options = {"samples": 2, "seed": 5, "stream": 1, "sampling": sampling}
+        masks = bo.stochastic_rank1_linear(torch.ones(9, 6), one, one, gates, **options)
+        assert torch.equal(masks, bo.stochastic_mask(gates, **options))
+
+
+@pytest.mark.parametrize("given", (False, True), ids=("unseen", "counted"))
+def test_flops_of_a_small_stochastic_step(given, monkeypatch):
+    def run():
+        with FlopCounterMode(display=False) as counter:
+            stochastic(weight=randn(OUT, D), delta="uniform" if given else None)
+        return counter.get_total_flops()
+
+    counts = []
+    for bound in (math.inf, -1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        counts.append(run())
+    assert counts[0] == counts[1] > 0
+
+
+SCORES_AND_SCOPES = [(s, g) for s in ("cross", "self", "pair", "entry") for g in ("output", "global")]
+
+
+@pytest.mark.parametrize(("score", "scope"), SCORES_AND_SCOPES)
+@pytest.mark.parametrize("basis", (None, randn(D, 7)), ids=("inputs", "features"))
+@pytest.mark.parametrize("weighted", (None, "matrix", "function"))
+@pytest.mark.parametrize("factors", (False, True))
+def test_topk_at_once(factors, weighted, basis, score, scope, monkeypatch):
+    w, v, c, u = randn(H, D), randn(H, D), randn(5, H), randn(6, 5)
+    features = D if basis is None else 7
+    scale = torch.rand(6 if factors else 5, features, features)
+    weight = {None: None, "matrix": scale, "function": lambda k: scale[k]}[weighted]
+    streamed, merge = [], ranking._Best.merge
+    monkeypatch.setattr(ranking._Best, "merge", lambda self: streamed.append(1) or merge(self))
+    found = []
+    for bound in (1 << 20, 0):
+        monkeypatch.setattr(limits, "at_once", bound)
+        directions = bo.Directions(u, c) if factors else c
+        found.append(bo.interaction_topk(w, v, directions, 3, score=score, scope=scope, weight=weight, basis=basis))
+        assert bool(streamed) == (bound == 0)
+    torch.testing.assert_close(found[0].values, found[1].values, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(one, other) and one.is_contiguous()
+
+
+def test_ties_and_nan_are_ranked_by_the_stream():
+    """Equal ranks are in order of (k, i, j); a sort alone leaves them in any."""
+    w, v, c = torch.ones(3, 5), torch.ones(3, 5), torch.ones(2, 3)
+    top = bo.interaction_topk(w, v, c, 4, scope="global")
+    assert top.i.tolist() == [0, 0, 0, 0] and top.j.tolist() == [1, 2, 3, 4] and top.k.tolist() == [0] * 4
+    w[0, 2] = torch.nan
+    top, expected = (m.interaction_topk(w, v, c, 4) for m in (bo, bo.reference))
+    assert torch.equal(top.i, expected.i) and torch.equal(top.j, expected.j)
+
+
+@pytest.mark.parametrize("scope", ("output", "global"))
+@pytest.mark.parametrize(("outputs", "d", "h"), ((4, 32, 64), (32, 32, 128)))
+def test_topk_takes_no_more_memory_than_the_formula(outputs, d, h, scope):
+    w, v, c = randn(h, d), randn(h, d), randn(outputs, h)
+    first = 0 if scope == "global" else 1
+
+    def formula():
+        q = torch.einsum("kh,hi,hj->kij", c, w, v)
+        q = (q + q.mT).triu(1).flatten(first)
+        best = q.abs().topk(10).indices
+        return (q.gather(-1, best),)
+
+    ours = peak_memory(lambda: tuple(bo.interaction_topk(w, v, c, 10, scope=scope)), w.device)
+    assert 0 < ours <= peak_memory(formula, w.device)

@@ -39,6 +39,7 @@ class Limits:
     draws: int = 1 << 15  # words: 256 KiB and as much scratch stay in a core's second-level cache
     device_draws: int = 1 << 24  # words on other devices than the CPU, which want few launches
     slab: int = 1 << 22  # of masked activations: 16 MiB in fp32, tall enough for the library's GEMM at any C
+    kept_masks: int = 1 << 17  # of all samples' masks that eager PyTorch keeps: drawn twice, calls cost more
     band: int = 1 << 20  # of the residual held at a time: 4 MiB in fp32
     # of a block of gate networks, of which a few stay in a core's cache from one elementwise pass to the next: on one
     # AVX-512 core at C = 768, blocks of 2^14 and 2^16 elements take 3.8 and 1.6 times as long, of 2^19 no less

@@ -71,7 +71,7 @@ def ranked_at_once(
     best, place = rank.flatten(first).topk(n + 1)
     if not (best[..., 1:] < best[..., :-1]).all():
         return None
-    place = place[..., :n]
+    place = place[..., :n].contiguous()
     values = values.flatten(first).gather(-1, place).to(dtype)
     if scope == "global":
         k, place = place // (most // outputs), place % (most // outputs)
