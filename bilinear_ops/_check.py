@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -81,11 +82,11 @@ def _mismatch(name: str, t: Tensor, arguments: dict[str, tuple[object, str]]) ->
 def check_integers(**arguments: object) -> None:
     """Raise TypeError unless all of these are integers of some kind, bools not among them."""
     for name, n in arguments.items():
-        if not _is_integer(n):
+        if not is_integer(n):
             raise TypeError(f"{name} must be an int, got {type(n).__name__}")
 
 
-def _is_integer(n: object) -> bool:
+def is_integer(n: object) -> bool:
     """Whether n is an int, a symbolic one or numpy's; a tensor is none, for reading it would wait for its device."""
     if isinstance(n, int | torch.SymInt):
         return not isinstance(n, bool)
@@ -96,6 +97,22 @@ def _is_integer(n: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def check_sizes(**arguments: object) -> None:
+    """Raise TypeError unless all of these are integers, ValueError for a negative one."""
+    check_integers(**arguments)
+    for name, n in arguments.items():
+        if n < 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must not be negative, got {n}")
+
+
+def check_shape(shape: object) -> tuple[int, ...]:
+    """The sizes of a shape; TypeError unless it is a sequence of integers, ValueError for a negative one."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
+    check_sizes(**{f"shape[{i}]": n for i, n in enumerate(shape)})
+    return tuple(shape)
 
 
 def check_reals(*, positive: bool = False, **arguments: object) -> None:
@@ -118,8 +135,16 @@ def check_reals(*, positive: bool = False, **arguments: object) -> None:
             raise ValueError(f"{name} must be above 0, got {n}")
 
 
+def check_values(**tensors: Tensor) -> None:
+    """Raise RuntimeError for tensors on the meta device, which have no values to look at."""
+    for name, t in tensors.items():
+        if t.is_meta:
+            raise RuntimeError(f"{name} must have values, got a meta tensor")
+
+
 def check_finite(**tensors: Tensor) -> None:
     """Raise ValueError for NaN and infinite entries, where an algorithm would not end or LAPACK would refuse."""
+    check_values(**tensors)
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{name} must be finite")
@@ -143,7 +168,9 @@ def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> 
 
 
 def check_place(name: str, t: Tensor, first: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`."""
+    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`, TypeError unless dense."""
+    if t.layout not in DENSE:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.device != first.device:
         raise RuntimeError(f"{name} must be on the device of the other tensors, {first.device}, got {t.device}")
     if t.dim() > len(shape) or any(
@@ -167,6 +194,8 @@ def check_index(name: str, index: Tensor, limit: int, shape: tuple[int | None, .
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if index.layout not in DENSE:
+        raise TypeError(f"{name} must be a dense tensor, got {index.layout}")
     if index.device != like.device:
         raise RuntimeError(f"{name} must be on the device of w, {like.device}, got {index.device}")
     if index.dim() != len(shape) or any(n not in (None, got) for n, got in zip(shape, index.shape, strict=True)):
@@ -196,7 +225,7 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
         if seed.device != device:
             raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
         return seed
-    if not isinstance(seed, int | torch.SymInt | SupportsIndex) or not _is_integer(seed):
+    if not isinstance(seed, int | torch.SymInt | SupportsIndex) or not is_integer(seed):
         raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
     number: Any = seed if isinstance(seed, int | torch.SymInt) else operator.index(seed)
     return (

@@ -75,12 +75,16 @@ def good() -> dict[str, Good]:
             {**directions(), "basis": randn(D, 8), "in_indices": torch.randint(8, (M, 2)), "in_acts": randn(M, 2),
              "out_indices": torch.randint(K, (M, 2))}
         ),
-        "bo.component_gates": Good({"acts": gates, "w1": randn(C, 3), "b1": randn(C, 3), "w2": randn(C, 3), "b2": randn(C)}),
+        "bo.component_gates": Good(
+            {"acts": gates, "w1": randn(C, 3), "b1": randn(C, 3), "w2": randn(C, 3), "b2": randn(C)}
+        ),
         "bo.eigen_form": Good(
             {"x": x, "values": randn(K, 2), "vectors": randn(K, 2, D), "pairs": (torch.arange(3), torch.arange(3)),
              "reduce": "sum"}
         ),
-        "bo.faithfulness_loss": Good({"weight": randn(OUT, D), "read": randn(D, C), "write": randn(C, OUT), "impl": "auto"}),
+        "bo.faithfulness_loss": Good(
+            {"weight": randn(OUT, D), "read": randn(D, C), "write": randn(C, OUT), "impl": "auto"}
+        ),
         "bo.frequency_penalty": Good({"frequencies": torch.rand(C), "scale": 0.5, "running": torch.rand(C)}),
         "bo.gate": Good({"a": x, "z": x, **activation, **options, "impl": "auto"}),
         "bo.gated_bilinear": Good(
@@ -94,7 +98,8 @@ def good() -> dict[str, Good]:
         "bo.interaction_matrices": Good({**directions(), "layout": "full", "impl": "auto"}),
         "bo.interaction_moments": Good({**directions(), "basis": randn(D, 8), "impl": "auto"}),
         "bo.interaction_topk": Good(
-            {**directions(), "n": 2, "score": "cross", "scope": "output", "weight": torch.rand(8, 8), "basis": randn(D, 8)}
+            {**directions(), "n": 2, "score": "cross", "scope": "output", "weight": torch.rand(8, 8),
+             "basis": randn(D, 8)}
         ),
         "bo.iter_interaction_matrices": Good(
             {**directions(), "layout": "full", "chunk_bytes": 10000, "impl": "auto"},
@@ -165,7 +170,7 @@ def good() -> dict[str, Good]:
         "nn.GatedMLP": Good({"d_in": D, "d_hidden": H, "d_out": OUT, **activation, "bias": True}),
         "nn.Gates": Good({"d_in": D, "c": C, "hidden": 3, "kind": "scalar", "alpha": 0.1}),
         "nn.MixedWeights": Good(
-            {"original": torch.rand(C), "rows": M, "direction": "forward", "slack": False}
+            {"original": randn(K, D), "rows": M, "direction": "forward", "slack": False}
         ),
         "nn.Rank1Embedding": Good({"vocab": 9, "d": D, "c": C, "weight": randn(9, D)}),
         "nn.Rank1Linear": Good({"d_in": D, "d_out": OUT, "c": C, "weight": randn(OUT, D), "bias": randn(OUT)}),
@@ -173,9 +178,9 @@ def good() -> dict[str, Good]:
         "nn.route": Good({"gates": gates, "rule": "topk", "threshold": 0.5, "k": 2}),
         "nn.routed_gated_mlp": Good({"x": x, **layer(), **biases(), "route": torch.rand(M, H), **activation}),
         "plots.cluster": Good({"q": symmetric[0], "clusters": 2}),
-        "plots.eigenvectors": Good({"vectors": vectors[0], "shape": (2, 2), "values": randn(2), "labels": ["a", "b"]}),
+        "plots.eigenvectors": Good({"vectors": vectors[:1], "shape": (2, 2), "values": randn(1, 2), "labels": ["a"]}),
         "plots.interactions": Good({"q": symmetric[0], "labels": ["a", "b", "c", "d"], "clusters": 2}),
-        "plots.similarity": Good({"first": randn(4), "second": randn(4)}),
+        "plots.similarity": Good({"first": vectors, "second": vectors}),
         "plots.spectrum": Good({"values": randn(K, D), "labels": ["a", "b", "c"]}),
         "plots.truncation": Good({"scores": torch.rand(2, D), "labels": ["a", "b"], "full": torch.rand(2)}),
     }  # fmt: skip
@@ -197,7 +202,7 @@ def public() -> Iterator[str]:
 
 def nonsense(value: Any, random: random.Random) -> Any:
     """Something that is not a valid argument, or nearly is one, in place of `value`."""
-    anything = [None, "nonsense", "", -1, 0, 3, True, 1.5, float("nan"), [], (), {}, object(), b"", torch, int, 1j]
+    anything = [None, "nonsense", "", -1, 0, 3, True, 1.5, float("nan"), [], (), {}, object(), b"", torch, 1j]
     near: list[Callable[[], Any]] = []
     if isinstance(value, Tensor):
         near = [
@@ -226,7 +231,7 @@ def nonsense(value: Any, random: random.Random) -> Any:
     elif isinstance(value, bool):
         near = [lambda: not value, lambda: int(value)]
     elif isinstance(value, int):
-        near = [lambda: n for n in ()] + [functools.partial(int, n) for n in (-1, 0, 1, value + 1, 100)]
+        near = [functools.partial(int, n) for n in (-1, 0, 1, value + 1, 100)]
         near += [
             lambda: float(value),
             lambda: torch.tensor(value),

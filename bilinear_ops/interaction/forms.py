@@ -69,6 +69,8 @@ def eigen_form(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if pairs is not None:
+        if not isinstance(pairs, tuple | list) or len(pairs) != 2:
+            raise TypeError(f"pairs must be two int64 tensors (t, k), got {type(pairs).__name__}")
         t, k = pairs
         check_index("k", k, sizes["K"], (None,), x)
         check_index("t", t, sizes["M"], tuple(k.shape), x)

@@ -109,6 +109,8 @@ def _interaction_topk(
         if weight.shape[-2:] != (features, features) or weight.dim() == 3 and weight.shape[0] != sizes["K"]:
             expected = f"[{features}, {features}] or [{sizes['K']}, {features}, {features}]"
             raise RuntimeError(f"weight must have shape {expected}, got {list(weight.shape)}")
+    elif weight is not None and not callable(weight):
+        raise TypeError(f"weight must be a torch.Tensor or a function, got {type(weight).__name__}")
     impl = _impl.resolve(impl, w)
     if _impl.needs_reference():
         return reference.interaction_topk(w, v, c, n, score=score, scope=scope, weight=weight, basis=basis)
@@ -129,16 +131,27 @@ def _interaction_topk(
     return numbered._replace(values=values.view(top.k.shape))
 
 
-def _selected(*arguments: Any) -> tuple[Tensor, ...]:
+def _selected(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor,
+    u: Tensor | None,
+    basis: Tensor | None,
+    weight: composite.Weight,
+    n: int,
+    score: str,
+    scope: str,
+    impl: str,
+) -> tuple[Tensor, ...]:
     """By one sort where the layer is small and nothing sees it, by the op else."""
-    *tensors, weight, n, score, scope, impl = arguments
     if impl == "torch" and _impl.is_unwatched():
-        found = composite.ranked_at_once(*tensors, weight, n, score, scope)
+        found = composite.ranked_at_once(w, v, c, u, basis, weight, n, score, scope)
         if found is not None:
             return found
     # a function cannot pass through a registered op
     select: Callable[..., tuple[Tensor, ...]] = topk_op if weight is None or isinstance(weight, Tensor) else _topk
-    return select(*(None if t is None else t.detach() for t in tensors), weight, n, score, scope, impl)
+    detached = [None if t is None else t.detach() for t in (w, v, c, u, basis)]
+    return select(*detached, weight, n, score, scope, impl)
 
 
 def _weight_of(outputs: Tensor, weight: Callable[[int], Tensor]) -> Callable[[int], Tensor]:

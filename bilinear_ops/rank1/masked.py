@@ -208,8 +208,8 @@ def _masked(
     if acts is not None:  # what the result does not depend on gets no gradient
         read = read if remains else read.detach()
         x = x if weight is not None else x.detach()
-    small = masks.samples * tokens * c <= limits.kept_masks
-    if small and impl == "torch" and x.is_cpu and masks.seed is not None and _impl.is_unwatched():
+    small = impl == "torch" and x.is_cpu and masks.seed is not None and _impl.is_unwatched()
+    if small and masks.samples * tokens * c <= limits.kept_masks:
         return _drawn_once(x, read, write, acts, weight, bias, masks).view(masks.samples, *lead, write.shape[1])
     x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
     tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)

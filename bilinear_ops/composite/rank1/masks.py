@@ -44,8 +44,8 @@ def blend(gates: Tensor, r: Tensor) -> Tensor:
 def sample_states(seed: Tensor, site: int, samples: int) -> Tensor:
     """The states [samples] of the samples of one site: seed int64 []."""
     if seed.device.type == "cpu":  # a few numbers: Python's arithmetic takes less than the calls
-        state = _mixed(int(seed) + (site + 1) * GOLDEN)
-        words = [_mixed(state + sample * GOLDEN) for sample in range(1, samples + 1)]
+        first = _mixed(int(seed) + (site + 1) * GOLDEN)
+        words = [_mixed(first + sample * GOLDEN) for sample in range(1, samples + 1)]
         return torch.tensor([word - (word >> 63 << 64) for word in words], dtype=torch.int64)
     state = seed + torch.full_like(seed, site + 1) * GOLDEN  # a tensor, whose product wraps
     _mix_(state, torch.empty_like(state))
