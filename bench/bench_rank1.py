@@ -30,6 +30,11 @@ SHAPES = {  # (tokens, d_in, d_out, C)
     ("cuda", "quick"): [(4096, 768, 3072, 3072)],
     ("cuda", "full"): [(m, *layer) for m in (4096, 32768) for layer in ((768, 3072, 3072), (3072, 768, 3584))],
 }
+SMALL = {  # where calls cost more than arithmetic, and one sample of few tokens
+    "tiny": [(1024, 5, 2, 20)],
+    "quick": [(1024, 5, 2, 20)],
+    "full": [(1024, 5, 2, 20), (2048, 512, 512, 1024)],
+}
 SAMPLES = {"tiny": (2,), "quick": (4,), "full": (1, 4)}
 DENSITIES = {"tiny": (0.05, 0.25), "quick": (0.01, 0.05), "full": (0.0025, 0.005, 0.01, 0.02, 0.05)}
 ACCUMULATED = {  # (samples, rows, d_out, d_in, C)
@@ -55,6 +60,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     for shape in shapes:
         for samples in SAMPLES[size]:
             yield _stochastic(device, size, impl, dtype, *shape, samples)
+    if device.type == "cpu" and impl != "triton":
+        for shape in SMALL[size]:
+            yield _stochastic(device, "quick", impl, dtype, *shape, 1)
     for shape in shapes[:2]:
         for density in DENSITIES[size]:
             for backward in (False, True):

@@ -19,7 +19,7 @@ import bilinear_ops as bo
 from bilinear_ops.testing import randn
 
 ROOT = Path(bo.__file__).parent
-MODULES = {"bo": bo, "analysis": bo.analysis, "nn": bo.nn, "plots": bo.plots}
+MODULES = {"bo": bo, "analysis": bo.analysis, "nn": bo.nn, "init": bo.init, "plots": bo.plots}
 if importlib.util.find_spec("matplotlib") is None:
     del MODULES["plots"]
 DRAWN = 40  # calls of each function
@@ -69,6 +69,7 @@ def good() -> dict[str, Good]:
     square = randn(K, D, D)
     symmetric = square + square.mT
     vectors = torch.linalg.qr(randn(K, D, 2))[0].mT.contiguous()
+    expansion = {"factor": 2, "noise": 0.1, "generator": None}
     x, options = randn(M, D), {"limit": 1.0, "offset": 0.5}
     cases = {
         "bo.active_interactions": Good(
@@ -177,6 +178,9 @@ def good() -> dict[str, Good]:
         "nn.Transcoder": Good({"d_in": D, "d_out": OUT, "c": C, "kind": "topk", "k": 2, "bandwidth": 0.1}),
         "nn.route": Good({"gates": gates, "rule": "topk", "threshold": 0.5, "k": 2}),
         "nn.routed_gated_mlp": Good({"x": x, **layer(), **biases(), "route": torch.rand(M, H), **activation}),
+        "init.expand_gated_mlp": Good({"layer": bo.nn.GatedMLP(D, H), **expansion}),
+        "init.expand_mlp": Good({"up": torch.nn.Linear(D, H), "down": torch.nn.Linear(H, D), **expansion}),
+        "init.expand_rank1": Good({"layer": bo.nn.Rank1Linear(D, OUT, C), **expansion}),
         "plots.cluster": Good({"q": symmetric[0], "clusters": 2}),
         "plots.eigenvectors": Good({"vectors": vectors[:1], "shape": (2, 2), "values": randn(1, 2), "labels": ["a"]}),
         "plots.interactions": Good({"q": symmetric[0], "labels": ["a", "b", "c", "d"], "clusters": 2}),
