@@ -30,6 +30,11 @@ SHAPES = {  # (tokens, d_in, d_out, C)
     ("cuda", "quick"): [(4096, 768, 3072, 3072)],
     ("cuda", "full"): [(m, *layer) for m in (4096, 32768) for layer in ((768, 3072, 3072), (3072, 768, 3584))],
 }
+SMALL = {  # where calls cost more than arithmetic, and one sample of few tokens
+    "tiny": [(1024, 5, 2, 20)],
+    "quick": [(1024, 5, 2, 20)],
+    "full": [(1024, 5, 2, 20), (2048, 512, 512, 1024)],
+}
 SAMPLES = {"tiny": (2,), "quick": (4,), "full": (1, 4)}
 DENSITIES = {"tiny": (0.05, 0.25), "quick": (0.01, 0.05), "full": (0.0025, 0.005, 0.01, 0.02, 0.05)}
 ACCUMULATED = {  # (samples, rows, d_out, d_in, C)
@@ -55,6 +60,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     for shape in shapes:
         for samples in SAMPLES[size]:
             yield _stochastic(device, size, impl, dtype, *shape, samples)
+    if device.type == "cpu" and impl != "triton":
+        for shape in SMALL[size]:
+            yield _masks_alone(device, dtype, *shape)
     for shape in shapes[:2]:
         for density in DENSITIES[size]:
             for backward in (False, True):
@@ -105,6 +113,41 @@ def _stochastic(
         # the remainder is applied as x W^T - acts L; the samples' own products compute the second term
         flops=2 * m * (c * (2 * d_in + 3 * samples * d_out) + d_in * d_out),
         bytes=operands * dtype.itemsize + 2 * 4 * m * c,
+    )
+
+
+def _masks_alone(device: torch.device, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int) -> Workload:
+    """A training step of read, write and gates under one sample of masks, without the original weight."""
+
+    def inputs(seed: int) -> Tensors:
+        tensors = ((d_in, c), d_in**-0.5), ((c, d_out), c**-0.5), ((m, d_in), 1.0), ((m, d_out), 1.0)
+        read, write, x, dy = draw(device, dtype, *tensors)(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return read, write, torch.rand(m, c, generator=generator, device=device), x, dy
+
+    def under(op: Callable[..., Tensor]) -> Contender:
+        return training_step(lambda read, write, gates, x: op(x, read, write, gates, seed=SEED)[0], trained=3)
+
+    def eager(*tensors: Tensor) -> Callable[[], Tensors]:
+        given = [bo.stochastic_mask(torch.zeros_like(tensors[2]), seed=SEED)[0]]  # of the first run, which is checked
+
+        def fn(read: Tensor, write: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+            r = given.pop() if given else torch.rand_like(gates)
+            return (x @ read * (gates + (1 - gates) * r)) @ write
+
+        return training_step(fn, trained=3)(*tensors)
+
+    return Workload(
+        op="stochastic_rank1_linear",
+        case="masks alone, step",
+        shape={"m": m, "i": d_in, "o": d_out, "C": c, "S": 1},
+        dtype=dtype,
+        inputs=inputs,
+        reference=under(bo.reference.stochastic_rank1_linear),
+        ours=under(bo.stochastic_rank1_linear),
+        baselines={"eager": eager},
+        flops=2 * m * c * (2 * d_in + 3 * d_out),
+        bytes=(m * d_in + 2 * c * (d_in + d_out) + 2 * m * d_out) * dtype.itemsize + 2 * 4 * m * c,
     )
 
 

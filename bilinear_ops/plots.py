@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilinear_ops._check import check, check_beside
+from bilinear_ops._check import check, check_beside, check_shape, check_values, is_integer
 from bilinear_ops.analysis.clusters import interaction_clusters
 
 __all__ = ["cluster", "eigenvectors", "interactions", "similarity", "spectrum", "truncation"]
@@ -78,6 +78,8 @@ def eigenvectors(
         ValueError: a wrong number of labels.
     """
     sizes = check(vectors=(vectors, "K n d"), values=(values, "? K n"))
+    if len(check_shape(shape)) != 2:
+        raise ValueError(f"shape must be (height, width), got {shape}")
     rows, columns = sizes["K"], sizes["n"]
     if sizes["d"] != math.prod(shape):
         expected = f"[K, n, {math.prod(shape)}] for images of {shape[0]} x {shape[1]}"
@@ -231,7 +233,7 @@ def _names(labels: Labels | None, count: int) -> list[str]:
         raise TypeError(f"labels must be strings or integers, got {type(labels).__name__}")
     names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     for name in names:
-        if not isinstance(name, str) and (isinstance(name, bool) or not hasattr(name, "__index__")):
+        if not isinstance(name, str) and not is_integer(name):
             raise TypeError(f"labels must be strings or integers, got {type(name).__name__}")
     if len(names) != count:
         raise ValueError(f"labels must be {count} names, got {len(names)}")
@@ -245,4 +247,5 @@ def _ink(level: Tensor) -> str:
 
 def _array(t: Tensor) -> Any:
     """A NumPy array; matplotlib accepts neither devices, gradients nor bfloat16."""
+    check_values(values=t)
     return t.detach().double().cpu().numpy()

@@ -63,6 +63,8 @@ def directions(workload: Workload) -> int:
 def ranking(workload: Workload) -> int:
     """Per output its matrix, then the basis on both sides of it, half of which is the other half's mirror image; or
     the product of w's and v's features, which has no symmetry."""
+    if "small" in workload.case:
+        return by("eager")(workload)
     w, v, c, basis = workload.inputs(0)
     fw, fv = w @ basis, v @ basis
     square, wide = w.t() @ v, basis.t() @ (w.t() @ v)
@@ -80,6 +82,8 @@ def spectrum(workload: Workload) -> int:
 
 def stochastic(workload: Workload) -> int:
     """Forward: acts, x W^T and a product per sample. Backward: d acts, d write per sample, and d read."""
+    if "alone" in workload.case:
+        return by("eager")(workload)
     read, write, gates, x, weight, dy = workload.inputs(0)
     acts, y = x @ read, dy[0]
 
@@ -108,6 +112,7 @@ def networks(workload: Workload) -> int:
 
 FLOPS: dict[str, Callable[[Workload], int]] = {
     "gated_mlp": by("eager"),
+    "GatedMLP": by("eager"),
     "interaction_matrices [coefficients]": by("eager"),
     "interaction_matrices [directions]": directions,
     "interaction_topk": ranking,
@@ -138,6 +143,8 @@ def results(workload: Workload) -> tuple[Tensor, ...]:
     if workload.op == "cp_decompose":
         fit = bo.analysis.cp_decompose(*inputs[:3], bench_analysis.RANK, steps=1)
         return fit.w, fit.v, fit.p
+    if workload.op == "interaction_topk" and "small" in workload.case:
+        return tuple(bo.interaction_topk(*inputs, bench_interaction.SMALL_STRONGEST))
     if workload.op == "interaction_topk":
         w, v, c, basis = inputs
         return tuple(bo.interaction_topk(w, v, c, bench_interaction.STRONGEST, scope="global", basis=basis))

@@ -28,6 +28,7 @@ NAMES = {
         GatedBilinear GatedMLP Rank1Embedding Rank1Linear
         AdversarialSource FrequencyPenalty Gates Importances MixedWeights Transcoder route routed_gated_mlp
     """,
+    bo.init: "expand_gated_mlp expand_mlp expand_rank1",
     bo.plots: "cluster eigenvectors interactions similarity spectrum truncation",
 }
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops._check import check, check_finite, check_integers, check_reals
 from bilinear_ops.analysis.gates import respond
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
@@ -76,6 +76,7 @@ def strongest_directions(
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
     check_integers(n=n, steps=steps)
+    check_reals(tol=tol)
     if min(n, steps) < 0 or not tol >= 0:
         raise ValueError(f"n, steps and tol must not be negative, got {n}, {steps} and {tol}")
     check_finite(w=w, v=v, p=p)

@@ -66,8 +66,9 @@ def eigen_form(
     """
     if pairs is None:
         return _eigen_form(x, values, vectors, reduce)
-    t, k = pairs
-    return _eigen_pairs(x, values, vectors, t, k, reduce)
+    if not isinstance(pairs, tuple | list) or len(pairs) != 2:
+        raise TypeError(f"pairs must be two int64 tensors (t, k), got {type(pairs).__name__}")
+    return _eigen_pairs(x, values, vectors, *pairs, reduce)
 
 
 @sharded("... K", over="... K", x="... d", values="K r", vectors="K r d")

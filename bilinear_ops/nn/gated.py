@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops import gates
+from bilinear_ops._check import check_sizes
 from bilinear_ops.gated import gated_bilinear, gated_mlp
 from bilinear_ops.results import ACTIVATIONS
 
@@ -44,6 +45,7 @@ class _Gated(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if activation != "swish" and not (isinstance(beta, float | int) and beta == 1.0):
             raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
+        check_sizes(d_in=d_in, d_hidden=d_hidden)
         self.activation = activation
         self.w = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
         self.v = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
@@ -182,6 +184,7 @@ class GatedMLP(_Gated):
         factory = {"device": device, "dtype": dtype}
         super().__init__(d_in, d_hidden, activation, beta, bias, factory)
         d_out = d_in if d_out is None else d_out
+        check_sizes(d_out=d_out)
         self.p = nn.Parameter(torch.empty(d_out, d_hidden, **factory))  # type: ignore[arg-type]
         self.b_p = nn.Parameter(torch.empty(d_out, **factory)) if bias else None  # type: ignore[arg-type]
         self.recompute = recompute
