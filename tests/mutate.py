@@ -31,7 +31,14 @@ from pathlib import Path
 import reach
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_TESTS = ("tests/test_blocks.py", "tests/test_contract.py", "tests/test_errors.py", "tests/test_first_order.py")
+SHARED_TESTS = (
+    "tests/test_blocks.py",
+    "tests/test_contract.py",
+    "tests/test_errors.py",
+    "tests/test_first_order.py",
+    "tests/test_options.py",
+    "tests/test_rooms.py",
+)
 
 # room: (sources, tests); a family's sources and tests are found by their names
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -51,7 +58,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "bilinear_ops/reference/__init__.py",
         ),
         ("tests/test_gated.py", "tests/test_interaction_entries.py", "tests/test_rank1_contract.py")
-        + ("tests/test_results.py", "tests/test_options.py", "tests/test_pickles.py", "tests/test_distributed.py"),
+        + ("tests/test_results.py", "tests/test_pickles.py", "tests/test_distributed.py"),
     ),
     "analysis": (("bilinear_ops/analysis/**/*.py",), ("tests/test_analysis*.py",)),
     "modules": (("bilinear_ops/nn/*.py", "bilinear_ops/init.py"), ("tests/test_nn*.py", "tests/test_init.py")),
