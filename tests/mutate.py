@@ -47,8 +47,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rank1": (("bilinear_ops/**/rank1/*.py",), ("tests/test_rank1*.py",)),
     "kernels": (
         ("kernels/**/*.py",),
-        ("tests/test_*_kernels.py", "tests/test_rank1*.py", "tests/test_tuning.py", "tests/test_config.py")
-        + ("tests/test_launches.py", "tests/test_accumulators.py"),
+        ("tests/test_gated*.py", "tests/test_*_kernels.py", "tests/test_rank1*.py", "tests/test_precision.py")
+        + ("tests/test_tuning.py", "tests/test_config.py", "tests/test_launches.py", "tests/test_accumulators.py")
+        + ("tests/test_compiled.py",),
     ),
     "shared": (
         ("bilinear_ops/_*.py", "bilinear_ops/gates.py", "bilinear_ops/results.py", "bilinear_ops/testing.py")
@@ -72,7 +73,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tests/test_cli.py", "tests/test_tuning.py"),
     ),
     "bench": (("bench/*.py", "bench/harness/*.py"), ("tests/test_bench*.py",)),
-    "static": (("bench/static/*.py",), ("tests/test_static*.py", "tests/test_sanitize.py")),
+    "static": (
+        ("bench/static/*.py",),
+        ("tests/test_static*.py", "tests/test_sanitize.py", "tests/test_compiled.py"),
+    ),
 }
 
 # (file, the line with the mistake): why nothing is wrong with it
