@@ -41,7 +41,7 @@ def narrow(tile, dtype: tl.constexpr):
     if INTERPRET and dtype == tl.bfloat16:
         bits = tile.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        tile = tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), tile)
+        tile = tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), float("nan"))
     return tile.to(dtype)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilinear_ops as bo
-from bench import bench_analysis, bench_interaction
+from bench import bench_analysis, bench_gated, bench_interaction
 from bench.harness.workload import Workload, workloads
 
 WORKLOADS = {str(w): w for w in workloads(torch.device("cpu"), "tiny")}
@@ -159,3 +159,22 @@ def test_bytes_are_those_of_inputs_and_results(name: str) -> None:
     workload = WORKLOADS[name]
     read = workload.inputs(0)[: 3 if workload.op == "cp_decompose" else None]  # the rest evaluates the fit
     assert workload.bytes == sum(t.nbytes for t in (*read, *results(workload)))
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack", "start"),
+    (
+        (bench_gated._pack, bench_gated._unpack, ("v0", "v1")),
+        (bench_gated._pack_rows, bench_gated._unpack_rows, ("v0", "w0")),
+    ),
+    ids=("one after the other", "row by row"),
+)
+def test_packed_weights_come_back(pack: Callable[..., Any], unpack: Callable[..., Any], start: tuple[str, str]) -> None:
+    """As peers take them: the gated weight first."""
+    rows = {f"{name}{i}": torch.randn(4) for name in "wv" for i in range(3)}
+    x, dy = torch.randn(2, 4), torch.randn(2, 5)
+    w, v = (torch.stack([rows[f"{name}{i}"] for i in range(3)]) for name in "wv")
+    _, packed, *_ = pack(x, w, v, dy)
+    assert torch.equal(packed[:2], torch.stack([rows[name] for name in start]))
+    for found, given in zip(unpack(x, packed, dy), (x, w, v, dy), strict=True):
+        assert torch.equal(found, given)

@@ -1,6 +1,7 @@
 """Loops over blocks: values and gradients where every loop takes several."""
 
 import ast
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -151,3 +152,10 @@ def test_sizes_stand_in_the_record_alone():
 
 def test_the_record_holds_numbers_only():
     assert all(type(size) is int for size in vars(Limits()).values())
+
+
+def test_sizes_are_as_large_as_their_comments_say():
+    source = (ROOT / "composite/limits.py").read_text()
+    said = re.findall(r"^    (\w+): int = .* # .*?(\d+) Mi?B in fp32", source, re.M)
+    assert len(said) >= 7
+    assert {name: 4 * getattr(Limits(), name) for name, _ in said} == {name: int(size) << 20 for name, size in said}

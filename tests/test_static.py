@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,6 +193,13 @@ AMD = """
 \tglobal_store_short_d16_hi v0, v2, s[0:1]
 \ts_endpgm
 """
+
+
+def test_registers_and_spills_of_amd_are_read():
+    sizes = "\n.vgpr_count:     97\n.vgpr_spill_count: 3\n"
+    compiled = SimpleNamespace(metadata=SimpleNamespace(num_warps=4), asm={"amdgcn": AMD + sizes})
+    code = sass.read(compiled, "gfx942")
+    assert (code.registers, code.spills, code.matrix) == (97, 3, {"v_mfma_f32_32x32x8_bf16": 1})
 
 
 def judge(text=KERNEL, committed=2, known=(), **changed):
