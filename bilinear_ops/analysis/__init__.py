@@ -14,6 +14,7 @@ from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
 from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
+from bilinear_ops.analysis.quadratic import BestQuadratic, best_quadratic
 from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
@@ -28,6 +29,7 @@ from bilinear_ops.analysis.truncation import (
 
 __all__ = [
     "HOSVD",
+    "BestQuadratic",
     "BiasTerms",
     "CPDecomposition",
     "EigenPairs",
@@ -39,6 +41,7 @@ __all__ = [
     "VirtualLayer",
     "adversarial_masks",
     "augment_biases",
+    "best_quadratic",
     "bias_terms",
     "cp_decompose",
     "effective_rank",
