@@ -12,8 +12,9 @@ from bilinear_ops.analysis.composition import Reexpression, VirtualLayer, reexpr
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
 from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
-from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
-from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
+from bilinear_ops.analysis.explanation import Explanation, explain
+from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, gated_interactions, glu_gates
+from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer, loss_added
 from bilinear_ops.analysis.quadratic import BestQuadratic, best_quadratic
 from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
@@ -34,6 +35,7 @@ __all__ = [
     "CPDecomposition",
     "EigenPairs",
     "EvenOdd",
+    "Explanation",
     "QuadraticLayer",
     "Reexpression",
     "StrongestDirections",
@@ -46,6 +48,8 @@ __all__ = [
     "cp_decompose",
     "effective_rank",
     "even_odd_split",
+    "explain",
+    "gated_interactions",
     "glu_gates",
     "hosvd",
     "hoyer",
@@ -55,6 +59,7 @@ __all__ = [
     "layer_similarity",
     "layer_weights",
     "load_chunks",
+    "loss_added",
     "reexpress",
     "run_in_chunks",
     "strength",

@@ -45,9 +45,7 @@ def derivative_means(activation: str, beta: Tensor, mean: Tensor, deviation: Ten
         inner = {"silu": _plain, "gelu_tanh": _cubic, "mish": _softplus}[activation]
         gates = _sigmoid_means(inner, mean, deviation)
     # act = z G: E[z G^(k)] is mean E[G^(k)] + deviation^2 E[G^(k + 1)]
-    return [
-        (k * gates[k - 1] if k else 0) + mean * gates[k] + deviation.square() * gates[k + 1] for k in range(4)
-    ]
+    return [(k * gates[k - 1] if k else 0) + mean * gates[k] + deviation.square() * gates[k + 1] for k in range(4)]
 
 
 def _parabola(mean: Tensor, deviation: Tensor, first: float, second: float) -> list[Tensor]:
@@ -144,9 +142,7 @@ def _relu_pairs(first: Tensor, second: Tensor, cov: Tensor) -> tuple[Tensor, Ten
     root = area.where(there, 1).sqrt().where(there, 0)
     angle = torch.atan2(root, cov.where(there | (cov != 0), 1))
     share = (math.pi - angle) / (2 * math.pi)
-    of_first, of_second = (
-        (root / t.where(t > 0, 1)).where(t > 0, 0) / (2 * math.pi) for t in (first, second)
-    )
+    of_first, of_second = ((root / t.where(t > 0, 1)).where(t > 0, 0) / (2 * math.pi) for t in (first, second))
     return root / (2 * math.pi) + cov * share, share, of_first, of_second
 
 

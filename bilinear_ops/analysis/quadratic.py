@@ -55,9 +55,9 @@ def best_quadratic(
 ) -> BestQuadratic:
     """The least-squares fit of 1, x and x x^T to a gated layer at normal inputs (docs/math.md 2).
 
-    By Stein's lemma it needs four means for each neuron, those of act(z) and of its first three derivatives. The matrices
-    are those of a bilinear layer with the same v and p (`interaction_matrices(w', v, p)` with another w'): the
-    interactions that a SwiGLU has on average, as `glu_gates` has those at a token. Computed in float64.
+    By Stein's lemma it needs four means for each neuron, those of act(z) and of its first three derivatives. The
+    matrices are those of a bilinear layer with the same v and p, `interaction_matrices(w', v, p)` with another w': what
+    a SwiGLU computes on average, where `gated_interactions` is what it computes at one input. Computed in float64.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[K, h]`: rows of p are output directions in terms of the neurons.

@@ -123,7 +123,7 @@ def truncation_correlation(
         TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
         IndexError: an index out of range.
     """
-    _check_pairs(eig)
+    check_pairs(eig=eig)
     sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b"))
     check_index("indices", indices, sizes["K"], tuple(acts.shape), x)
     k = indices.flatten()
@@ -162,7 +162,7 @@ def truncation_curve(
         IndexError: a class out of range.
         ValueError: active_only with classes.
     """
-    _check_pairs(eig)
+    check_pairs(eig=eig)
     sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
     outputs, n = sizes["K"], sizes["n"]
     classes = isinstance(target, Tensor) and target.dtype == torch.int64
@@ -186,9 +186,11 @@ def truncation_curve(
     return right / len(x) if classes else sums.correlation(target.dtype)
 
 
-def _check_pairs(eig: object) -> None:
-    if not isinstance(eig, EigenPairs):
-        raise TypeError(f"eig must be EigenPairs, got {type(eig).__name__}")
+def check_pairs(**arguments: object) -> None:
+    """Raise TypeError unless these are EigenPairs."""
+    for name, pairs in arguments.items():
+        if not isinstance(pairs, EigenPairs):
+            raise TypeError(f"{name} must be EigenPairs, got {type(pairs).__name__}")
 
 
 class _Sums:
