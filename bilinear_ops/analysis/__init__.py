@@ -19,7 +19,7 @@ from bilinear_ops.analysis.quadratic import BestQuadratic, best_quadratic
 from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
-from bilinear_ops.analysis.strongest import StrongestDirections, strength, strongest_directions
+from bilinear_ops.analysis.strongest import StrongestDirections, kept_strength, strength, strongest_directions
 from bilinear_ops.analysis.truncation import (
     QuadraticLayer,
     TruncationCorrelation,
@@ -55,6 +55,7 @@ __all__ = [
     "hoyer",
     "interaction_clusters",
     "interaction_eigh",
+    "kept_strength",
     "layer_distance",
     "layer_similarity",
     "layer_weights",
