@@ -16,13 +16,28 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilinear_ops._check import check, check_beside, check_shape, check_values, is_integer
+from bilinear_ops._check import check, check_beside, check_integers, check_shape, check_values, is_integer
 from bilinear_ops.analysis.clusters import interaction_clusters
+from bilinear_ops.analysis.eigen.spectra import EigenPairs
+from bilinear_ops.analysis.explanation import explain
+from bilinear_ops.interaction.forms import eigen_form
 
-__all__ = ["cluster", "eigenvectors", "interactions", "similarity", "spectrum", "truncation"]
+__all__ = [
+    "cluster",
+    "distribution",
+    "eigenplane",
+    "eigenvectors",
+    "explanation",
+    "interactions",
+    "scatter",
+    "similarity",
+    "spectrum",
+    "truncation",
+]
 
 Figure = Any  # matplotlib.figure.Figure, imported at the first call
 Labels = Sequence[str | int]
@@ -95,6 +110,174 @@ def eigenvectors(
             axes.set_title(f"{values[k, i].item():+.2f}", fontsize=7, pad=2)
         if i == 0 and names:
             axes.set_ylabel(names[k], rotation=0, ha="right", va="center")
+    return figure
+
+
+def explanation(
+    x: Tensor,
+    pairs: EigenPairs,
+    n: int,
+    shape: tuple[int, int],
+    *,
+    logits: Tensor | None = None,
+    labels: Labels | None = None,
+) -> Figure:
+    """Show why an image has its outputs: each output's strongest terms at x, and bars that add up to it ([P] App. C).
+
+    Above is the input. Below it is a row for each output: the eigenvectors of its n largest terms, with the terms, and
+    bars of these terms, of the remainder and of their sum.
+
+    Args:
+        x: `[d]`, the input.
+        pairs, n, logits: as for `analysis.explain`; logits `[K]`.
+        shape: height and width of an image, whose product is d.
+        labels: names of the K outputs.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or an image that does not have d pixels.
+        TypeError, ValueError: as `analysis.explain`; ValueError for a wrong number of labels.
+    """
+    size = check(x=(x, "d"))["d"]
+    if size != math.prod(shape):
+        raise RuntimeError(
+            f"x must have shape [{math.prod(shape)}] for images of {shape[0]} x {shape[1]}, got [{size}]"
+        )
+    contributions, remainder = explain(x, pairs, n, logits=logits)
+    terms = eigen_form(x, pairs.values, pairs.vectors, reduce="none")
+    order = terms.abs().argsort(dim=1, descending=True, stable=True)[:, :n]
+    rows = len(contributions)
+    names = _names(labels, rows)
+    figure = _figure(0.9 * n + 3.2, 1.1 * (rows + 1))
+    grid = figure.subplots(rows + 1, n + 1, squeeze=False, width_ratios=[1] * n + [2.2])
+    for axes in grid[:, :n].flat:
+        axes.set(xticks=[], yticks=[])
+    for axes in grid[0, 1:]:
+        axes.set_axis_off()
+    _signed_image(grid[0, 0], x.reshape(shape))
+    grid[0, 0].set_title("input", fontsize=7, pad=2)
+    for k in range(rows):
+        for i in range(n):
+            _signed_image(grid[k + 1, i], pairs.vectors[k, order[k, i]].reshape(shape))
+            grid[k + 1, i].set_title(f"{contributions[k, i].item():+.2f}", fontsize=7, pad=2)
+        bars = torch.cat([contributions[k], remainder[k, None], (contributions[k].sum() + remainder[k])[None]])
+        colours = [LINES[0] if bar >= 0 else LINES[1] for bar in bars[:n]] + ["0.6", "black"]
+        axes = grid[k + 1, n]
+        axes.bar(range(n + 2), _array(bars), color=colours)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_xticks(range(n + 2), [*map(str, range(1, n + 1)), "rest", "sum"], fontsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if names:
+            grid[k + 1, 0].set_ylabel(names[k], rotation=0, ha="right", va="center")
+    return figure
+
+
+def eigenplane(
+    points: Tensor,
+    vectors: Tensor,
+    values: Tensor,
+    *,
+    labels: Labels | None = None,
+) -> Figure:
+    """Plot directions on the plane of a positive and a negative eigenvector ([P] 5.1).
+
+    The background is value_0 a^2 + value_1 b^2 at (a, b), what a feature there contributes to the output; two features
+    at one place or at opposite ones reinforce each other.
+
+    Args:
+        points: `[N, d]`, such as the features of an autoencoder.
+        vectors: `[2, d]`, unit eigenvectors: horizontal, then vertical.
+        values: `[2]`, their eigenvalues.
+        labels: names of the N points.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices, or not two eigenvectors.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: a wrong number of labels.
+    """
+    sizes = check(vectors=(vectors, "two d"), values=(values, "two"), points=(points, "N d"))
+    if sizes["two"] != 2:
+        raise RuntimeError(f"vectors must have shape [2, d], got {list(vectors.shape)}")
+    names = _names(labels, sizes["N"])
+    places = (points @ vectors.t()).double()
+    limit = 1.15 * max(places.detach().abs().amax().item() if len(places) else 0.0, 1e-9)
+    line = torch.linspace(-limit, limit, 101, dtype=torch.float64, device=points.device)
+    heights = values[0].double() * line.square() + values[1].double() * line.square()[:, None]
+    figure = _figure(5.4, 4.6)
+    axes = figure.subplots()
+    shade = heights.abs().max().item() or 1.0
+    extent = (-limit, limit, -limit, limit)
+    image = axes.imshow(_array(heights), cmap=SIGNED, vmin=-shade, vmax=shade, extent=extent, origin="lower", alpha=0.5)
+    figure.colorbar(image, label="contribution", shrink=0.8)
+    axes.scatter(*_array(places.t()), s=12, color="black")
+    for name, (a, b) in zip(names, places.tolist(), strict=False):
+        axes.annotate(name, (a, b), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axes.set(
+        xlabel=f"along the eigenvector of {values[0].item():+.2f}",
+        ylabel=f"along the eigenvector of {values[1].item():+.2f}",
+    )
+    return figure
+
+
+def scatter(x: Tensor, y: Tensor, *, xlabel: str = "", ylabel: str = "") -> Figure:
+    """Plot pairs of values as points, with their Pearson correlation above ([P] 5.2).
+
+    Args:
+        x, y: `[N]`, such as the activations of a feature and the truncated layer's outputs.
+        xlabel, ylabel: names of the axes.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    check(x=(x, "N"), y=(y, "N"))
+    a, b = (t.detach().double() - t.detach().double().mean() for t in (x, y))
+    correlation = ((a * b).sum() / (a.norm() * b.norm())).item()
+    figure = _figure(4.4, 4)
+    axes = figure.subplots()
+    axes.scatter(_array(x), _array(y), s=6, color=LINES[0], alpha=0.5, linewidths=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"correlation {correlation:.2f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def distribution(values: Tensor, *, labels: Labels | None = None, bins: int = 40, xlabel: str = "value") -> Figure:
+    """Plot histograms of several samples on the same bins, as shares of each sample ([P] 5.1).
+
+    Args:
+        values: `[M, N]` for M samples, or `[N]` for one. NaN, such as a correlation with a constant, is left out.
+        labels: names of the M samples.
+        bins: number of bins from the smallest to the largest value.
+        xlabel: name of the values.
+
+    Raises:
+        RuntimeError: values of another shape.
+        TypeError: values are not a floating-point tensor, or bins not an int.
+        ValueError: a wrong number of labels, bins below 1, or infinite values.
+    """
+    if isinstance(values, Tensor) and values.dim() == 1:
+        values = values[None]
+    sizes = check(values=(values, "M N"))
+    check_integers(bins=bins)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    if values.isinf().any():
+        raise ValueError("values must not be infinite to be counted in bins")
+    names = _names(labels, sizes["M"])
+    values = values.detach().double().cpu()
+    known = values[~values.isnan()]
+    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 1.0)
+    edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
+    figure = _figure(6, 3.6)
+    axes = figure.subplots()
+    for m, sample in enumerate(values):
+        counted = torch.histogram(sample[~sample.isnan()], edges).hist
+        shares = counted / counted.sum().clamp_min(1)
+        name = names[m] if names else None
+        axes.stairs(_array(shares), _array(edges), label=name, color=LINES[m % len(LINES)], linewidth=1.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=xlabel, ylabel="share")
+    if names:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 

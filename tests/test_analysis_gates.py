@@ -145,3 +145,66 @@ def test_functions_are_checked(function):
             function(fn, x)
     with pytest.raises(RuntimeError, match=r"x must have shape \[..., d\], got \[\]"):
         function(torch.relu, x.sum())
+
+
+@pytest.mark.parametrize(("activation", "beta"), GATED)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_gated_interactions_are_the_layer(activation, beta, shape):
+    w, v, p = layer(5, 8, 4)
+    (x,) = doubles((*shape, 5))
+    q = analysis.gated_interactions(x, w, v, p, activation, beta=beta)
+    assert q.shape == (*shape, 4, 5, 5)
+    close(q, q.mT)
+    expected = bo.gated_mlp(x, w, v, p, activation=activation, beta=beta)
+    close(torch.einsum("...i,...kij,...j->...k", x, q, x), expected)
+    if activation == "identity":
+        close(q, bo.interaction_matrices(w, v, p).expand_as(q))
+    u = doubles((2, 4))[0]
+    close(
+        analysis.gated_interactions(x, w, v, bo.Directions(u, p), activation, beta=beta),
+        torch.einsum("ko,...oij->...kij", u, q),
+    )
+
+
+def test_gated_interactions_of_a_layer_with_biases():
+    w, v, p = layer(5, 8, 4)
+    b_w, b_v, x = doubles((8,), (8,), (3, 5))
+    one = torch.cat([x, torch.ones(3, 1).double()], 1)
+    q = analysis.gated_interactions(one, *analysis.augment_biases(w, v, p, b_w, b_v), "silu")
+    expected = bo.gated_mlp(x, w, v, p, b_w, b_v, activation="silu")
+    close(torch.einsum("ti,tkij,tj->tk", one, q, one), expected)
+
+
+def test_gated_interactions_gradients_and_autocast():
+    w, v, p = layer(3, 4, 2, grad=True)
+    (x,) = doubles((2, 3), grad=True)
+    assert torch.autograd.gradcheck(lambda *t: analysis.gated_interactions(*t, "silu"), (x, w, v, p))
+    inputs = [t.detach().float() for t in (x, w, v, p)]
+    expected = analysis.gated_interactions(*inputs, "gelu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert analysis.gated_interactions(*inputs, "gelu").equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("t", "d", "h", "k"), [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0), (2, 3, 4, 2)])
+def test_gated_interactions_of_any_size(dtype, t, d, h, k):
+    w, v, p = (t.to(dtype) for t in layer(d, h, k))
+    found = analysis.gated_interactions(torch.ones(t, d, dtype=dtype), w, v, p, "silu")
+    assert found.shape == (t, k, d, d) and found.dtype == dtype
+
+
+def test_gated_interactions_errors():
+    w, v, p = layer(5, 8, 4)
+    (x,) = doubles((3, 5))
+    for activation in ("sigmoid", "relu2"):
+        with pytest.raises(ValueError, match=f"activation must be one of identity, silu, .*, got '{activation}'"):
+            analysis.gated_interactions(x, w, v, p, activation)
+    with pytest.raises(RuntimeError, match=r"x must have shape \[\.\.\., d=5\], got \[3, 4\]"):
+        analysis.gated_interactions(x[:, :4], w, v, p, "silu")
+    with pytest.raises(RuntimeError, match="x must have the dtype of w"):
+        analysis.gated_interactions(x.float(), w, v, p, "silu")
+    with pytest.raises(TypeError, match=r"v must be a torch\.Tensor, got list"):
+        analysis.gated_interactions(x, w, v.tolist(), p, "silu")
+    x[1] = torch.nan
+    found = analysis.gated_interactions(x, w, v, p, "silu")
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()

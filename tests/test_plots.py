@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bilinear_ops import plots
-from bilinear_ops.analysis import interaction_clusters
+from bilinear_ops import gated_mlp, plots
+from bilinear_ops.analysis import explain, interaction_clusters, interaction_eigh
 from bilinear_ops.testing import randn
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -109,6 +109,94 @@ def test_similarity():
     assert [text.get_text() for text in axes.texts] == [f"{c:.2f}" for c in expected.flatten()]
     itself, _bar = plots.similarity(first, -first).axes
     torch.testing.assert_close(torch.as_tensor(itself.get_images()[0].get_array().data).diag(), torch.ones(3).double())
+
+
+def explained(k=2, d=12):
+    w, v, p = randn(9, d), randn(9, d), randn(k, 9)
+    return randn(d), interaction_eigh(w, v, p), gated_mlp, (w, v, p)
+
+
+def test_explanation():
+    x, pairs, forward, layer = explained()
+    figure = plots.explanation(x, pairs, 3, (3, 4), labels=["p", "q"])
+    grid = [figure.axes[i : i + 4] for i in range(0, 12, 4)]
+    shown = torch.as_tensor(grid[0][0].get_images()[0].get_array().data)
+    torch.testing.assert_close(shown, x.view(3, 4).double())
+    assert grid[0][0].get_title() == "input" and not any(axes.axison for axes in grid[0][1:])
+    contributions, remainder = explain(x, pairs, 3)
+    terms = pairs.values * (pairs.vectors @ x).square()
+    logits = forward(x, *layer)
+    for k, row in enumerate(grid[1:]):
+        assert [axes.get_title() for axes in row[:3]] == [f"{c:+.2f}" for c in contributions[k]]
+        for i, axes in enumerate(row[:3]):
+            vector = pairs.vectors[k, (terms[k] - contributions[k, i]).abs().argmin()]
+            image = torch.as_tensor(axes.get_images()[0].get_array().data)
+            torch.testing.assert_close(image, vector.view(3, 4).double())
+        heights = torch.tensor([bar.get_height() for bar in row[3].patches])
+        expected = torch.cat([contributions[k], remainder[k, None], logits[k, None]])
+        torch.testing.assert_close(heights, expected.double(), rtol=1e-4, atol=1e-4)
+        assert [tick.get_text() for tick in row[3].get_xticklabels()] == ["1", "2", "3", "rest", "sum"]
+        assert row[0].get_ylabel() == "pq"[k]
+        colours = [bar.get_facecolor() for bar in row[3].patches[:3]]
+        assert [c == colours[0] for c in colours] == [(c > 0) == (contributions[k, 0] > 0) for c in contributions[k]]
+
+
+def test_an_explanation_of_given_logits():
+    x, pairs, *_ = explained()
+    logits = randn(2)
+    few = pairs._replace(values=pairs.values[:, :4], vectors=pairs.vectors[:, :4])
+    axes = plots.explanation(x, few, 2, (3, 4), logits=logits).axes
+    sums = torch.tensor([axes[i].patches[-1].get_height() for i in (5, 8)])
+    torch.testing.assert_close(sums, logits.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_eigenplane():
+    points, values = randn(5, 7), torch.tensor([2.0, -3.0])
+    vectors = torch.linalg.qr(randn(7, 2)).Q.t()
+    axes, bar = plots.eigenplane(points, vectors, values, labels=list("abcde")).axes
+    places = torch.as_tensor(axes.collections[0].get_offsets().data)
+    torch.testing.assert_close(places, (points @ vectors.t()).double())
+    assert [text.get_text() for text in axes.texts] == list("abcde")
+    assert [text.xy for text in axes.texts] == [tuple(place) for place in places.tolist()]
+    (image,) = axes.get_images()
+    heights, (left, right, bottom, top) = torch.as_tensor(image.get_array().data), image.get_extent()
+    assert image.origin == "lower" and left == bottom == -right == -top and places.abs().max() < right
+    torch.testing.assert_close(heights[50, -1], torch.tensor(2 * right**2).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(heights[-1, 50], torch.tensor(-3 * top**2).double(), rtol=1e-6, atol=0)
+    assert image.get_clim()[0] == -image.get_clim()[1], "white is zero"
+    assert axes.get_xlabel() == "along the eigenvector of +2.00"
+    assert axes.get_ylabel() == "along the eigenvector of -3.00" and bar.get_ylabel() == "contribution"
+    assert not plots.eigenplane(points[:0], vectors, values).axes[0].texts
+
+
+def test_scatter():
+    x = randn(50)
+    y = 0.5 * x + 0.1 * randn(50)
+    (axes,) = plots.scatter(x, y, xlabel="feature", ylabel="layer").axes
+    torch.testing.assert_close(torch.as_tensor(axes.collections[0].get_offsets().data), torch.stack([x, y], 1).double())
+    assert axes.get_title() == f"correlation {torch.corrcoef(torch.stack([x, y]))[0, 1]:.2f}"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("feature", "layer")
+
+
+def test_distribution():
+    values = torch.stack([torch.rand(100), torch.rand(100) / 2])
+    values[1, :10] = torch.nan
+    (axes,) = plots.distribution(values, labels=["all", "some"], bins=10, xlabel="correlation").axes
+    for sample, steps in zip(values, axes.patches, strict=True):
+        shares, edges, _ = steps.get_data()
+        known = sample[~sample.isnan()]
+        expected = [((known >= a) & (known < b)).double().mean() for a, b in itertools.pairwise(edges)]
+        expected[-1] += (known == edges[-1]).double().mean()
+        torch.testing.assert_close(torch.as_tensor(shares), torch.stack(expected))
+        assert (edges[0], edges[-1]) == (values.nan_to_num(1).min(), values.nan_to_num(0).max())
+    assert names(axes) == ["all", "some"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("correlation", "share")
+
+
+@pytest.mark.parametrize("values", [torch.zeros(0), torch.full((3,), torch.nan), torch.ones(4)])
+def test_a_distribution_of_little(values):
+    (axes,) = plots.distribution(values, bins=3).axes
+    assert axes.patches[0].get_data().values.sum() == (1 if values.isfinite().any() else 0)
 
 
 def test_any_tensor_can_be_drawn():
@@ -230,6 +318,19 @@ def test_figures_are_pickled():
         (lambda: plots.interactions(randn(3, 4)), RuntimeError, r"q must have shape"),
         (lambda: plots.interactions(randn(3, 3), clusters=4), ValueError, "clusters must be from 1 to 3, got 4"),
         (lambda: plots.truncation(randn(2, 3), full=randn(3)), RuntimeError, r"full must broadcast to \[2\]"),
+        (lambda: plots.scatter(randn(3), randn(4)), RuntimeError, r"y must have shape \[N=3\], got \[4\]"),
+        (lambda: plots.distribution(randn(2, 3), bins=0), ValueError, "bins must be at least 1, got 0"),
+        (lambda: plots.distribution(randn(2, 3), bins=2.0), TypeError, "bins must be an int, got float"),
+        (lambda: plots.distribution(randn(3) / 0), ValueError, "values must not be infinite"),
+        (lambda: plots.distribution(randn(2, 3), labels="abc"), ValueError, "labels must be 2 names, got 3"),
+        (
+            lambda: plots.eigenplane(randn(4, 5), randn(3, 5), randn(3)),
+            RuntimeError,
+            r"vectors must have shape \[2, d\]",
+        ),
+        (lambda: plots.eigenplane(randn(4, 5), randn(2, 6), randn(2)), RuntimeError, r"points must have shape"),
+        (lambda: plots.explanation(randn(6), None, 1, (2, 4)), RuntimeError, r"x must have shape \[8\] for images"),
+        (lambda: plots.explanation(randn(6), None, 1, (2, 3)), TypeError, "pairs must be EigenPairs"),
         (lambda: plots.similarity(randn(2, 3, 4), randn(2, 3, 5)), RuntimeError, "second must have shape"),
     ],
 )

@@ -12,12 +12,14 @@ from bilinear_ops.analysis.composition import Reexpression, VirtualLayer, reexpr
 from bilinear_ops.analysis.cp import CPDecomposition, cp_decompose
 from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
-from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, glu_gates
-from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer
+from bilinear_ops.analysis.explanation import Explanation, explain
+from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, gated_interactions, glu_gates
+from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer, loss_added
+from bilinear_ops.analysis.quadratic import BestQuadratic, best_quadratic
 from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
-from bilinear_ops.analysis.strongest import StrongestDirections, strength, strongest_directions
+from bilinear_ops.analysis.strongest import StrongestDirections, kept_strength, strength, strongest_directions
 from bilinear_ops.analysis.truncation import (
     QuadraticLayer,
     TruncationCorrelation,
@@ -28,10 +30,12 @@ from bilinear_ops.analysis.truncation import (
 
 __all__ = [
     "HOSVD",
+    "BestQuadratic",
     "BiasTerms",
     "CPDecomposition",
     "EigenPairs",
     "EvenOdd",
+    "Explanation",
     "QuadraticLayer",
     "Reexpression",
     "StrongestDirections",
@@ -39,19 +43,24 @@ __all__ = [
     "VirtualLayer",
     "adversarial_masks",
     "augment_biases",
+    "best_quadratic",
     "bias_terms",
     "cp_decompose",
     "effective_rank",
     "even_odd_split",
+    "explain",
+    "gated_interactions",
     "glu_gates",
     "hosvd",
     "hoyer",
     "interaction_clusters",
     "interaction_eigh",
+    "kept_strength",
     "layer_distance",
     "layer_similarity",
     "layer_weights",
     "load_chunks",
+    "loss_added",
     "reexpress",
     "run_in_chunks",
     "strength",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops._check import check, check_finite, check_integers, check_reals
+from bilinear_ops.analysis.bases import fold
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.interaction.gram import layer_inner, neuron_gram
 from bilinear_ops.results import Layer, Result
@@ -21,8 +22,8 @@ class CPDecomposition(
     NamedTuple(
         "CPDecomposition",
         [
-            ("w", Tensor),  # [rank, d], rows of norm 1
-            ("v", Tensor),  # [rank, d], rows of norm 1
+            ("w", Tensor),  # [rank, d], rows of norm 1; [rank, F] in a basis
+            ("v", Tensor),  # as w
             ("p", Tensor),  # [o, rank]
             (
                 "errors",
@@ -48,6 +49,7 @@ def cp_decompose(
     inner_steps: int = 10,
     tol: float = 1e-6,
     restarts: int = 0,
+    basis: Tensor | None = None,
     progress: bool = False,
 ) -> CPDecomposition:
     """Fit B by sum_r p_r (x) sym(w_r v_r^T) with `rank` terms: a smaller bilinear layer, near in Frobenius norm.
@@ -60,13 +62,14 @@ def cp_decompose(
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, the layer.
         rank: number of terms, at most h unless `init` is given.
-        init: initial (w, v), `[rank, d]` each, such as `init=found[:2]` of an earlier fit. By default, neurons of the
-            layer chosen to be strong and to differ from each other.
+        init: initial (w, v), `[rank, d]` each (in a basis F for d), such as `init=found[:2]` of an earlier fit. By
+            default, neurons of the layer chosen to be strong and to differ from each other.
         steps: maximal number of steps.
         inner_steps: iterations of conjugate gradients for w and for v, from their current values.
         tol: stop once a step lowers the error by less than this fraction.
         restarts: number of further fits, each from neurons of the layer drawn at random (the same in every call). The
             fit of the lowest error is returned.
+        basis: D `[d, F]`: fits the tensor in the feature basis, whose matrices are D^T Q_k D.
         progress: show a progress bar over the steps; needs tqdm.
 
     Returns:
@@ -80,7 +83,8 @@ def cp_decompose(
         ModuleNotFoundError: progress without tqdm.
     """
     w0, v0 = (None, None) if init is None else init
-    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), w0=(w0, "? r d"), v0=(v0, "? r d"))
+    rows = "? r d" if basis is None else "? r F"
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), basis=(basis, "? d F"), w0=(w0, rows), v0=(v0, rows))
     check_reals(tol=tol)
     check_integers(rank=rank, steps=steps, inner_steps=inner_steps, restarts=restarts)
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
@@ -91,15 +95,19 @@ def cp_decompose(
         raise ValueError(f"steps, inner_steps, restarts and tol must not be negative, got {given}")
     if restarts and rank > sizes["h"]:
         raise ValueError(f"rank must be at most h={sizes['h']} with restarts, got {rank}")
-    check_finite(w=w, v=v, p=p, **{} if init is None else {"w0": init[0], "v0": init[1]})
+    optional = {"w0": w0, "v0": v0, "basis": basis}
+    check_finite(w=w, v=v, p=p, **{name: t for name, t in optional.items() if t is not None})
     dtype = torch.promote_types(w.dtype, torch.float32)
-    layer = w.double(), v.double(), p.double()
+    lift, (w, v) = fold(None if basis is None else basis.double(), w.double(), v.double())
+    layer = w, v, p.double()
     squares = layer_inner(*layer, *layer)  # |B|^2
-    starts = [_spread_neurons(*layer, rank) if w0 is None or v0 is None else (w0.double(), v0.double())]
+    initial = [t.double() if lift is None else t.double() @ lift for t in (w0, v0) if t is not None]
+    starts = [(initial[0], initial[1]) if initial else _spread_neurons(*layer, rank)]
     starts += [_random_neurons(*layer, rank, seed) for seed in range(restarts)]
     with progress_bar(steps * len(starts), "step", progress) as advance:
         fits = [_fit(layer, squares, a, b, steps, inner_steps, tol, advance) for a, b in starts]
     a, b, c, errors = min(fits, key=lambda fit: fit[3][-1].nan_to_num(0).item())
+    a, b = (a, b) if lift is None else (a @ lift.t(), b @ lift.t())
     order = c.norm(dim=0).argsort(descending=True)
     return CPDecomposition(*(t.to(dtype) for t in (a[order], b[order], c[:, order], errors)))
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check, check_reals
-from bilinear_ops.results import Result
+from bilinear_ops._check import check, check_layer, check_reals
+from bilinear_ops.interaction.matrices import interaction_matrices
+from bilinear_ops.results import Directions, Result, coefficients
 
 GATES = ("identity", "silu", "swish", "relu", "gelu", "gelu_tanh")
 
@@ -72,6 +73,33 @@ def glu_gates(
     if activation == "gelu_tanh":
         return torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z**3))
     return torch.sigmoid(beta * z)
+
+
+@_op.without_autocast
+def gated_interactions(
+    x: Tensor, w: Tensor, v: Tensor, c: Tensor | Directions, activation: str, *, beta: float | Tensor = 1.0
+) -> Tensor:
+    """The interaction matrices of a gated layer at each input: those of the bilinear layer with gated c ([B]).
+
+    x^T Q_k(x) x is output k of the gated layer at x: exact for one input, where `best_quadratic` is nearest to all of
+    them. Biases: fold them into the weights first (`augment_biases`), and append 1 to x.
+
+    Args:
+        x: `[..., d]`.
+        w, v, c: `[h, d]`, `[h, d]` and `[K, h]`, or `Directions`, as for `interaction_matrices`.
+        activation, beta: as for `glu_gates`.
+
+    Returns:
+        `[..., K, d, d]`, differentiable. Choose a few directions: a matrix is formed for each, at every input.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as `glu_gates`.
+    """
+    sizes = check_layer(w, v, c)
+    check(w=(w, "h d"), x=(x, "... d"))
+    gates = glu_gates(x, v, activation, beta=beta)
+    terms = (gates[..., None, :] * coefficients(c)).reshape(-1, sizes["h"])
+    return interaction_matrices(w, v, terms).view(*x.shape[:-1], sizes["K"], sizes["d"], sizes["d"])
 
 
 def respond(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Measures of how concentrated a vector is, and adversarial masks ([P] 4.4, App. D)."""
+"""Measures of vectors and of reconstructions, and adversarial masks ([P] 4.4, 5.1, App. D)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from bilinear_ops._check import check
+from bilinear_ops._check import check, check_index
 from bilinear_ops.composite.blockwise import widen
 
 
@@ -68,3 +69,33 @@ def adversarial_masks(vectors: Tensor) -> Tensor:
     (wide,) = widen(vectors)
     finite = wide.isfinite().all((-2, -1), keepdim=True)  # LAPACK refuses the others
     return torch.linalg.pinv(wide.where(finite, 0)).mT.where(finite, torch.nan).to(vectors.dtype)
+
+
+def loss_added(logits: Tensor, reconstructed: Tensor, zeroed: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy that a reconstruction of a layer's output adds, as a share of what zeroing it adds ([P] 5.1).
+
+    Args:
+        logits: `[..., C]` of the model as it is.
+        reconstructed: `[..., C]`, with the layer's output replaced by its reconstruction.
+        zeroed: `[..., C]`, with the layer's output replaced by zeros.
+        targets: `[...]`, int64: the classes.
+
+    Returns:
+        0-dim, differentiable: 0 for a reconstruction that costs nothing, 1 for one no better than zeros; negative if it
+        lowers the loss. float32 for half precision. NaN without targets.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: logits that are not floating-point tensors, or targets that are not int64.
+        IndexError: a target out of range.
+    """
+    named = {"logits": logits, "reconstructed": reconstructed, "zeroed": zeroed}
+    classes = check(**{name: (t, "... C") for name, t in named.items()})["C"]
+    for name, t in named.items():
+        if t.shape != logits.shape:
+            raise RuntimeError(f"{name} must have shape {list(logits.shape)}, that of logits, got {list(t.shape)}")
+    check_index("targets", targets, classes, tuple(logits.shape[:-1]), logits)
+    clean, by_reconstruction, by_zeros = (
+        cross_entropy(t.reshape(-1, classes), targets.reshape(-1)) for t in widen(*named.values())
+    )
+    return (by_reconstruction - clean) / (by_zeros - clean)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops._check import check
+from bilinear_ops.analysis.bases import fold
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.interaction.gram import layer_inner
 
@@ -24,6 +25,7 @@ def layer_similarity(
     measure: str = "frobenius",
     affine1: Affine = (None, None),
     affine2: Affine = (None, None),
+    basis: Tensor | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The cosine similarity of two bilinear layers, 1 for equal functions; no third-order tensor is formed.
@@ -38,6 +40,8 @@ def layer_similarity(
         affine1, affine2: for "gaussian", the linear part l `[o, d]` and the constant c `[o]` that each layer has beside
             its quadratic form; None where there is none. `bias_terms(...)[1:]` gives those of biases; a residual adds
             the identity to l.
+        basis: D `[d, F]`: compares the layers as functions of features f, with x = D f; for "gaussian" f is standard
+            normal. Layers with bases of their own: fold these into the weights, as `w1 @ D1`.
         progress: show a progress bar over the three inner products; needs tqdm.
 
     Returns:
@@ -56,25 +60,26 @@ def layer_similarity(
     check(
         w1=(w1, "h1 d"), v1=(v1, "h1 d"), p1=(p1, "o h1"), w2=(w2, "h2 d"), v2=(v2, "h2 d"), p2=(p2, "o h2"),
         **{"affine1[0]": (l1, "? o d"), "affine1[1]": (c1, "? o")},
-        **{"affine2[0]": (l2, "? o d"), "affine2[1]": (c2, "? o")},
+        **{"affine2[0]": (l2, "? o d"), "affine2[1]": (c2, "? o")}, basis=(basis, "? d F"),
     )  # fmt: skip
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     if measure == "frobenius" and not all(t is None for t in (l1, c1, l2, c2)):
         raise ValueError('an affine part needs measure="gaussian": "frobenius" compares the quadratic forms only')
-    first, second = (w1.double(), v1.double(), p1.double()), (w2.double(), v2.double(), p2.double())
     dtype = torch.promote_types(w1.dtype, torch.float32)
+    linear = [t.double() for t in (l1, l2) if t is not None]
+    wide = None if basis is None else basis.double()
+    _, (w1, v1, w2, v2, *linear) = fold(wide, w1.double(), v1.double(), w2.double(), v2.double(), *linear)
+    l1, l2 = (None if t is None else linear.pop(0) for t in (l1, l2))
+    first, second = (w1, v1, p1.double()), (w2, v2, p2.double())
     found = []
     with progress_bar(3, "inner product", progress) as advance:
-        for (one, l1, c1), (two, l2, c2) in (
-            ((first, *affine1), (second, *affine2)),
-            ((first, *affine1), (first, *affine1)),
-            ((second, *affine2), (second, *affine2)),
-        ):
-            inner = layer_inner(*one, *two)
+        one, two = (first, l1, c1), (second, l2, c2)
+        for (a, la, ca), (b, lb, cb) in ((one, two), (one, one), (two, two)):
+            inner = layer_inner(*a, *b)
             if measure == "gaussian":
-                inner = 2 * inner + _mean(*one, c1) @ _mean(*two, c2)
-                inner = inner if l1 is None or l2 is None else inner + (l1.double() * l2.double()).sum()
+                inner = 2 * inner + _mean(*a, ca) @ _mean(*b, cb)
+                inner = inner if la is None or lb is None else inner + (la * lb).sum()
             found.append(inner)
             advance(1)
     between, of_first, of_second = found

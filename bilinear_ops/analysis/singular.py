@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops._check import check, check_integers
+from bilinear_ops.analysis.bases import fold
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.composite.blockwise import recompute
 from bilinear_ops.composite.interaction.gram import neuron_tiles
@@ -24,7 +25,7 @@ class HOSVD(
     NamedTuple(
         "HOSVD",
         [
-            ("U", Tensor),  # [o, rank], or [d, rank] in input mode
+            ("U", Tensor),  # [o, rank], or [d, rank] in input mode ([F, rank] in a basis)
             ("S", Tensor),  # [rank]
             ("norm", Tensor),  # 0-dim: |B|; 1 - sum S^2 / norm^2 is the share of |B|^2 left out
         ],
@@ -35,7 +36,16 @@ class HOSVD(
     __slots__ = ()
 
 
-def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output", progress: bool = False) -> HOSVD:
+def hosvd(
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    rank: int,
+    *,
+    mode: str = "output",
+    basis: Tensor | None = None,
+    progress: bool = False,
+) -> HOSVD:
     """The leading singular vectors of B flattened to `[o, d^2]`, or in input mode to `[d, o d]` ([P] 3.3).
 
     In output mode, the matrices `interaction_matrices(w, v, U.T @ p)` are mutually orthogonal and have norms S. B is
@@ -46,8 +56,9 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output", p
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
-        rank: number of singular vectors, at most min(o, h), or d in input mode.
+        rank: number of singular vectors, at most min(o, h), or in input mode d, in a basis min(d, F).
         mode: "output" or "input".
+        basis: D `[d, F]`: of the tensor in the feature basis, whose matrices are D^T Q_k D.
         progress: show a progress bar over tiles of neurons; needs tqdm.
 
     Returns:
@@ -60,18 +71,20 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output", p
         ValueError: unknown mode, or a rank out of range.
         ModuleNotFoundError: progress without tqdm.
     """
-    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
+    sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), basis=(basis, "? d F"))
     check_integers(rank=rank)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    most = min(sizes["o"], sizes["h"]) if mode == "output" else sizes["d"]
+    most = min(sizes["o"], sizes["h"]) if mode == "output" else min(sizes["d"], sizes.get("F", sizes["d"]))
     if not 0 <= rank <= most:
         raise ValueError(f"rank must be between 0 and {most} in {mode} mode, got {rank}")
     dtype = torch.promote_types(w.dtype, torch.float32)
-    w, v, p = w.double(), v.double(), p.double()
+    p = p.double()
+    lift, (w, v) = fold(None if basis is None else basis.double(), w.double(), v.double())
+    lift = lift if mode == "input" else None
     gram = _output_gram(w, v, p, progress) if mode == "output" else _input_gram(w, v, p, progress)
     if not gram.isfinite().all():  # LAPACK refuses it
-        u, s = p.new_full((len(gram), rank), torch.nan), p.new_full((rank,), torch.nan)
+        u, s = p.new_full((len(gram) if lift is None else len(lift), rank), torch.nan), p.new_full((rank,), torch.nan)
         return HOSVD(*(t.to(dtype) for t in (u, s, p.new_full((), torch.nan))))
     squares, vectors = torch.linalg.eigh(gram)
     u, s = vectors.flip(1)[:, :rank], squares.flip(0)[:rank].clamp_min(0).sqrt()
@@ -80,6 +93,7 @@ def hosvd(w: Tensor, v: Tensor, p: Tensor, rank: int, *, mode: str = "output", p
         if not failed:  # Gram matrices of zero or equal neurons have no Cholesky factor
             u, s, _ = torch.linalg.svd(p @ factor, full_matrices=False)
             u, s = u[:, :rank], s[:rank]
+    u = u if lift is None else lift @ u
     norm = gram.diagonal().sum().sqrt()
     return HOSVD(fix_signs(u.mT).mT.to(dtype), s.to(dtype), norm.to(dtype))
 

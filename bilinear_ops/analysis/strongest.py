@@ -1,4 +1,4 @@
-"""Inputs to which a bilinear layer has the strongest response, and the strength of a response ([A])."""
+"""Inputs to which a layer has the strongest response, and the strength of a response ([A])."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from bilinear_ops import _op
 from bilinear_ops._check import check, check_finite, check_integers, check_reals
+from bilinear_ops.analysis.gated_climbs import Gated, climb_gated, gated_starts
 from bilinear_ops.analysis.gates import respond
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
-from bilinear_ops.gated import gated_mlp
-from bilinear_ops.results import Result
+from bilinear_ops.composite.blockwise import widen
+from bilinear_ops.gated import gate, gated_mlp
+from bilinear_ops.results import Layer, Result
 
 SAMPLES = 512  # random inputs whose outputs show the strongest output directions
 OUTPUTS, RITZ = 64, 4  # output directions that give seeds, and seeds of each
@@ -26,6 +28,7 @@ KRYLOV = 8  # least dimension of the Krylov spaces of the seeds
 ROUNDS = ((7, 64), (3, 24))
 SCREENING = 1e-5  # `tol` in float32, where it decides which climbs are finished in float64
 SAME = 0.99  # |cosine| from which two end points count as one maximum
+SCREENED = 30  # steps of all climbs of a gated layer, after which those that differ go on
 ANGLES, NEWTON = 32, 4  # a line search: angles tried, and Newton steps from the best of them
 
 
@@ -39,7 +42,7 @@ class StrongestDirections(
         ],
     ),
 ):
-    """Unit inputs `[m, d]` at distinct local maxima of |B(x, x)|, and the maxima `[m]`, descending."""
+    """Unit inputs `[m, d]` at distinct local maxima of the strength, and the maxima `[m]`, descending."""
 
     __slots__ = ()
 
@@ -47,7 +50,17 @@ class StrongestDirections(
 @_op.without_autocast
 @torch.no_grad()
 def strongest_directions(
-    w: Tensor, v: Tensor, p: Tensor, n: int, *, steps: int = 500, tol: float = 1e-10, progress: bool = False
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    n: int,
+    *,
+    activation: str = "identity",
+    beta: float = 1.0,
+    radius: float | None = None,
+    steps: int = 500,
+    tol: float = 1e-10,
+    progress: bool = False,
 ) -> StrongestDirections:
     """Unit inputs at local maxima of a bilinear layer's response |B(x, x)|, the largest found first ([A]).
 
@@ -57,21 +70,27 @@ def strongest_directions(
     twice n are finished in float64. The result is deterministic. The first maximum is not guaranteed to be the global
     one. Not differentiable; `strength` is, at the vectors found.
 
+    The strength of a gated layer depends on the length of its input too. With an activation, climbs start from the
+    bilinear layer's maxima, their negatives and random inputs, all of length `radius`.
+
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
         n: maximal number of directions; fewer are returned if fewer distinct maxima were found.
+        activation, beta: as for `gated_mlp`, a layer without biases.
+        radius: |x|, needed with an activation and of no effect without.
         steps: maximal number of steps of a climb in float32, and again in float64.
         tol: a climb ends once two steps in a row gain less than this fraction.
         progress: show a progress bar over the climbs; needs tqdm.
 
     Returns:
-        `StrongestDirections(vectors, strengths)` in w's dtype, float32 for half precision. Of x and -x, which are one
-        maximum, the one whose largest component is positive.
+        `StrongestDirections(vectors, strengths)` in w's dtype, float32 for half precision; a strength is |y| / |x|^2.
+        Of x and -x, which are one maximum, the one whose largest component is positive; with an activation, both.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor, or n or steps not an int.
-        ValueError: negative n, steps or tol; weights that are not finite.
+        ValueError: negative n, steps or tol; weights that are not finite; an unknown activation, a beta without swish;
+            a radius that is missing or not above 0.
         ModuleNotFoundError: progress without tqdm.
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
@@ -80,17 +99,35 @@ def strongest_directions(
     if min(n, steps) < 0 or not tol >= 0:
         raise ValueError(f"n, steps and tol must not be negative, got {n}, {steps} and {tol}")
     check_finite(w=w, v=v, p=p)
+    gated = _checked_gate(activation, beta, radius, w)
     dtype = torch.promote_types(w.dtype, torch.float32)
     if not (n and all(sizes.values())):
         return StrongestDirections(w.new_empty(0, sizes["d"], dtype=dtype), w.new_empty(0, dtype=dtype))
     layer = w.double(), v.double(), p.double()
     narrow = [_unit_scale(t).float() for t in layer]
     x = _best_climbs(narrow[0], narrow[1], narrow[2], n, steps, progress).double()
+    if gated is not None:
+        x, strengths = _best_gated_climbs(x, layer, gated, n, steps, tol, progress)
+        chosen = _distinct(x, strengths, n, signed=True)
+        return StrongestDirections(x[chosen].to(dtype), strengths[chosen].to(dtype))
     with progress_bar(len(x), "climb", progress) as advance:
         x = _climb(x, *layer, steps, tol, advance)
     strengths = _strengths(x, *layer)
     chosen = _distinct(x, strengths, n)
     return StrongestDirections(fix_signs(x[chosen]).to(dtype), strengths[chosen].to(dtype))
+
+
+def _checked_gate(activation: str, beta: float, radius: float | None, w: Tensor) -> Gated | None:
+    """None for a bilinear layer."""
+    check_reals(beta=beta)
+    if radius is not None:
+        check_reals(radius=radius, positive=True)
+    gate(w[:0], w[:0], activation=activation, beta=beta)  # refuses what no layer takes
+    if activation == "identity":
+        return None
+    if radius is None:
+        raise ValueError(f"radius is needed with activation={activation!r}, whose strength depends on it")
+    return Gated(activation, float(beta), float(radius))
 
 
 def _unit_scale(t: Tensor) -> Tensor:
@@ -110,6 +147,19 @@ def _best_climbs(w: Tensor, v: Tensor, p: Tensor, n: int, steps: int, progress: 
             steps -= taken
         x = _climb(x, w, v, p, steps, SCREENING, advance)
         return x[_distinct(x, _strengths(x, w, v, p), 2 * n)]
+
+
+def _best_gated_climbs(
+    x: Tensor, layer: Layer, gated: Gated, n: int, steps: int, tol: float, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """The end points [m, d] of climbs from the bilinear layer's and from random inputs, and the strengths there."""
+    x = gated_starts(x)
+    with progress_bar(len(x), "climb", progress) as advance:
+        few, before = min(steps, SCREENED), len(x)
+        x, strengths = climb_gated(x, layer, gated, few, tol)
+        x = x[_distinct(x, strengths, max(16, 8 * n), signed=True)]
+        advance(before - len(x))
+        return climb_gated(x, layer, gated, steps - few, tol, advance)
 
 
 def _seeds(w: Tensor, v: Tensor, p: Tensor, outputs: int) -> Tensor:
@@ -238,14 +288,43 @@ def _krylov(x: Tensor, w: Tensor, v: Tensor, c: Tensor, dimension: int) -> Tenso
     return F.normalize(mixtures @ basis, dim=2)
 
 
-def _distinct(x: Tensor, strengths: Tensor, n: int) -> Tensor:
-    """Indices of the n strongest vectors with positive strength, no two the same up to sign."""
+def _distinct(x: Tensor, strengths: Tensor, n: int, *, signed: bool = False) -> Tensor:
+    """Indices of the n strongest vectors with positive strength, no two the same, up to sign unless `signed`."""
     chosen: list[int] = []
-    cosines = (x @ x.t()).abs()
+    cosines = x @ x.t() if signed else (x @ x.t()).abs()
     for i in strengths.argsort(descending=True, stable=True).tolist():
         if len(chosen) < n and strengths[i] > 0 and not (cosines[i, chosen] > SAME).any():
             chosen.append(i)
     return torch.tensor(chosen, dtype=torch.int64, device=x.device)
+
+
+@_op.without_autocast
+def kept_strength(
+    x: Tensor, w: Tensor, v: Tensor, p: Tensor, activation: str, radii: Tensor, *, beta: float | Tensor = 1.0
+) -> Tensor:
+    """The share of the bilinear layer's strength along x that the gated layer has at x or -x, the larger ([A]).
+
+    Without biases it is at least 1/2 at every length, by the theorem of `even_odd_split`. It is scale-free for relu.
+
+    Args:
+        x: `[m, d]` directions, such as those of `strongest_directions`.
+        w, v, p: `[h, d]`, `[h, d]` and `[o, h]`, a layer without biases.
+        activation, beta: as for `gated_mlp`.
+        radii: `[r]`, lengths of the input.
+
+    Returns:
+        `[m, r]`, differentiable; float32 for half precision. NaN where the bilinear layer has no response.
+
+    Raises:
+        RuntimeError: mismatched shapes, dtypes or devices.
+        TypeError: an argument that is not a floating-point tensor.
+        ValueError: an unknown activation, or a beta without swish.
+    """
+    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), x=(x, "m d"), radii=(radii, "r"))
+    x, w, v, p, radii = widen(x, w, v, p, radii)
+    inputs = radii[:, None] * F.normalize(x, dim=1)[:, None]  # [m, r, d]
+    both = [gated_mlp(t, w, v, p, activation=activation, beta=beta).norm(dim=2) for t in (inputs, -inputs)]
+    return torch.maximum(*both) / gated_mlp(inputs, w, v, p).norm(dim=2)
 
 
 def strength(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

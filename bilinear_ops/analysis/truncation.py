@@ -43,6 +43,7 @@ def truncate(
     directions: Tensor | None = None,
     which: str = "abs",
     refit: bool = False,
+    basis: Tensor | None = None,
     progress: bool = False,
 ) -> QuadraticLayer:
     """Truncate a bilinear layer to n eigenvectors of each output direction ([P] eq. 3, App. I).
@@ -53,33 +54,38 @@ def truncate(
         directions: `[K, o]`, a direction in each row; None for the outputs themselves.
         refit: choose the output vectors of all eigenvectors by least squares on the layer's tensor, in place of
             eigenvalues times dual vectors of the directions. The error in Frobenius norm is never larger.
+        basis: D `[d, F]`: truncates the layer of features f, with x = D f (or with an embedding folded in).
         progress: show a progress bar over the directions; needs tqdm.
 
     Returns:
-        `QuadraticLayer` of K directions with n terms each; with refit, of K n directions with one term each.
+        `QuadraticLayer` of K directions with n terms each; with refit, of K n directions with one term each. In a basis
+        it takes features `[..., F]`.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
         ValueError: unknown which, n out of range; without refit, directions that `reexpress` refuses.
     """
-    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"))
+    check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), directions=(directions, "? K o"), basis=(basis, "? d F"))
     outputs = None if directions is None or refit else reexpress(w, v, p, directions).outputs.t().to(p.dtype)
     c = p if directions is None else Directions(directions, p)
-    pairs = interaction_eigh(w, v, c, n, which=which, progress=progress)
+    pairs = interaction_eigh(w, v, c, n, which=which, basis=basis, progress=progress)
     if refit:
         vectors = pairs.vectors.flatten(0, 1)
-        return QuadraticLayer(vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), _nearest(w, v, p, vectors))
+        return QuadraticLayer(
+            vectors.new_ones(len(vectors), 1), vectors.unsqueeze(1), _nearest(w, v, p, vectors, basis)
+        )
     return QuadraticLayer(pairs.values, pairs.vectors, outputs)
 
 
-def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor) -> Tensor:
-    """Output vectors [o, R] that minimise |B - sum_r outputs_r (x) v_r v_r^T| for unit vectors [R, d]."""
+def _nearest(w: Tensor, v: Tensor, p: Tensor, vectors: Tensor, basis: Tensor | None) -> Tensor:
+    """Output vectors [o, R] that minimise |B - sum_r outputs_r (x) v_r v_r^T| for unit vectors [R, d], or [R, F]."""
     dtype = p.dtype
     if not vectors.isfinite().all():  # LAPACK refuses their Gram matrix
         return p.new_full((len(p), len(vectors)), torch.nan)
     w, v, p, vectors = (t.double() for t in (w, v, p, vectors))
-    against = p @ neuron_gram(w, v, vectors, vectors)  # [o, R]: inner products of the terms with the layer's tensor
+    inputs = vectors if basis is None else vectors @ basis.double().t()
+    against = p @ neuron_gram(w, v, inputs, inputs)  # [o, R]: inner products of the terms with the layer's tensor
     gram = (vectors @ vectors.t()).square()
     inverse = torch.linalg.pinv(gram, hermitian=True)
     outputs = against @ inverse
@@ -123,7 +129,7 @@ def truncation_correlation(
         TypeError: an argument that is not a floating-point tensor, or indices that are not int64.
         IndexError: an index out of range.
     """
-    _check_pairs(eig)
+    check_pairs(eig=eig)
     sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"), acts=(acts, "T b"))
     check_index("indices", indices, sizes["K"], tuple(acts.shape), x)
     k = indices.flatten()
@@ -162,7 +168,7 @@ def truncation_curve(
         IndexError: a class out of range.
         ValueError: active_only with classes.
     """
-    _check_pairs(eig)
+    check_pairs(eig=eig)
     sizes = check(x=(x, "T d"), values=(eig.values, "K n"), vectors=(eig.vectors, "K n d"))
     outputs, n = sizes["K"], sizes["n"]
     classes = isinstance(target, Tensor) and target.dtype == torch.int64
@@ -186,9 +192,11 @@ def truncation_curve(
     return right / len(x) if classes else sums.correlation(target.dtype)
 
 
-def _check_pairs(eig: object) -> None:
-    if not isinstance(eig, EigenPairs):
-        raise TypeError(f"eig must be EigenPairs, got {type(eig).__name__}")
+def check_pairs(**arguments: object) -> None:
+    """Raise TypeError unless these are EigenPairs."""
+    for name, pairs in arguments.items():
+        if not isinstance(pairs, EigenPairs):
+            raise TypeError(f"{name} must be EigenPairs, got {type(pairs).__name__}")
 
 
 class _Sums:

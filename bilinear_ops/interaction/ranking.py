@@ -52,6 +52,9 @@ def interaction_topk(
 ) -> TopInteractions:
     """The n strongest interactions by magnitude, of every output or of all together, with no [K, F, F] in memory.
 
+    A strong interaction of two features that are rarely active together explains little of an output: the largest ones
+    account for a feature's activation poorly unless `weight` has how often, or how strongly, pairs are active together.
+
     Args:
         w, v, c: as for `interaction_matrices`.
         n: how many; at most the number of scored pairs.
