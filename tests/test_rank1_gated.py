@@ -150,6 +150,20 @@ def test_given_masks(mask, dtype, impl):
     assert_right(mlp, {**tensors, "mask": torch.rand(mask).to(dtype)}, impl, activation="silu")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sums_over_tokens_in_fp16(impl):
+    """Sums that pass its range on the way, 100 * 1000, and come back to 0."""
+    x, one, gates = (
+        torch.full(shape, n, dtype=torch.float16) for shape, n in (((2000, 1), 10), ((1, 1), 1), ((1,), 1))
+    )
+    dy = torch.ones(1, 2000, 1, dtype=torch.float16)
+    dy[:, 1000:] = -1
+    leaves = [t.clone().requires_grad_() for t in (one, one, one, gates)]
+    y = bo.stochastic_gated_mlp(x, *leaves, source=torch.zeros(1), impl=impl)
+    assert (y == 100).all()
+    assert all((t == 0).all() for t in torch.autograd.grad(y, leaves, dy))
+
+
 def test_leading_dimensions():
     t = with_target(inputs(12), 2)
     flat = bo.stochastic_gated_mlp(**t, samples=2, seed=1)

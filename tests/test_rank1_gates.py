@@ -72,6 +72,16 @@ def test_leading_dimensions_and_mixed_dtypes(dtype):
         torch.testing.assert_close(got, wanted)
 
 
+def test_hidden_units_beyond_fp16():
+    """Units of 200 * 400 are beyond its range, the logits and gradients are not."""
+    sizes = (((9, 11), 200), ((11, 5), 400), ((11, 5), 1), ((11, 5), 2**-10), ((11,), 1))
+    tensors = [torch.full(shape, n, dtype=torch.float16) for shape, n in sizes]
+    results = testing.gradients(gates(bo), tensors, torch.ones(9, 11).half())
+    expected = testing.gradients(gates(bo.reference), [t.double() for t in tensors], torch.ones(9, 11).double())
+    for found, wanted in zip(results[:4], expected, strict=False):  # w2's are units themselves
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
+
+
 def test_gradcheck():
     tensors = [t.requires_grad_() for t in inputs(4, 3, 5, torch.float64)]
     assert torch.autograd.gradcheck(bo.component_gates, tensors)
