@@ -125,6 +125,10 @@ def paragraph(receipt: Receipt) -> str:
                 f"{name} ends lower than {reference} in {sum(lower)} of {len(lower)} seeds and is sooner in "
                 f"{sum(sooner)}."
             )
+    rates = receipt["study"]["rates"]
+    at_edge = [name for name in of if of[name][0]["rate"] in (min(rates), max(rates))]
+    if len(rates) > 2 and at_edge:
+        parts.append(f"The rate of {', '.join(at_edge)} is at an edge of the grid: a wider one might do better.")
     return " ".join(parts)
 
 

@@ -47,7 +47,7 @@ class Study(NamedTuple):
     importance: float = 3e-3
     mixing: float = 1e-5  # weight of the L1 norm of mixtures
     noise: float = 0.1  # of copies
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     tuning: tuple[int, ...] = (100,)  # seeds that choose the learning rate
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
