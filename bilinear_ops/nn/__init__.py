@@ -1,6 +1,7 @@
 """`torch.nn` modules over the ops."""
 
 from bilinear_ops.nn.adversary import AdversarialSource, FrequencyPenalty
+from bilinear_ops.nn.annealing import anneal_beta, bilinearise_, swish_
 from bilinear_ops.nn.gated import GatedBilinear, GatedMLP
 from bilinear_ops.nn.gates import Gates, Importances
 from bilinear_ops.nn.mixed import MixedWeights
@@ -19,6 +20,9 @@ __all__ = [
     "Rank1Embedding",
     "Rank1Linear",
     "Transcoder",
+    "anneal_beta",
+    "bilinearise_",
     "route",
     "routed_gated_mlp",
+    "swish_",
 ]
