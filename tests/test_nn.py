@@ -246,9 +246,8 @@ def test_repr():
 @pytest.mark.parametrize("kind", (bo.nn.GatedBilinear, bo.nn.GatedMLP))
 def test_limit_and_offset(kind):
     layer, x = kind(3, 4, **{**bo.gates.GPT_OSS, "limit": 0.2}, bias=True), 2 * randn(5, 3)
-    gate = bo.reference.gate(
-        x @ layer.w.t() + layer.b_w, x @ layer.v.t() + layer.b_v, **bo.gates.GPT_OSS | {"limit": 0.2}
-    )
+    a, z = x @ layer.w.t() + layer.b_w, x @ layer.v.t() + layer.b_v
+    gate = bo.reference.gate(a, z, **{**bo.gates.GPT_OSS, "limit": 0.2})
     torch.testing.assert_close(layer(x), gate if kind is bo.nn.GatedBilinear else gate @ layer.p.t() + layer.b_p)
     assert "beta=1.702, limit=0.2, offset=1, bias=True" in repr(layer)
     with pytest.raises(ValueError, match="limit must be positive, got -1"):
