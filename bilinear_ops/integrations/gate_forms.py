@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bilinear_ops import gates
 from bilinear_ops._check import DTYPES
+from bilinear_ops.nn.annealing import Swish
 
 # Modules that are one of our activations, by full name, so that nothing has to be imported to know them.
 MODULES: dict[str, dict[str, Any]] = {
@@ -46,6 +47,7 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
     F.gelu: {"activation": "gelu"},
 }
 METHODS: dict[str, Any] = {"sigmoid": torch.sigmoid, "relu": torch.relu, "chunk": torch.chunk, "clamp": torch.clamp}
+ANNEALED = "annealed"  # stands for a slope that is read from the module at every call
 Expression = tuple[Any, ...]
 
 MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -64,7 +66,13 @@ class Form(NamedTuple):
     act: str  # "" for a function
     halves: str  # "", "packed" or "interleaved"
     gate_first: bool  # of packed and interleaved halves
-    options: dict[str, Any]  # keywords of the op
+    options: dict[str, Any]  # keywords of the op, but for a slope that is annealed
+
+    def keywords(self, module: nn.Module) -> dict[str, Any]:
+        """The op's keywords for a module of this form."""
+        if self.options.get("beta") != ANNEALED:
+            return self.options
+        return {**self.options, "beta": getattr(module, self.act).beta}
 
     def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves of what experts project to, as views."""
@@ -266,6 +274,8 @@ class _Reader:
 def activation_of(module: nn.Module) -> dict[str, Any] | None:
     """The op's keywords for a module that is an activation of ours, else None."""
     kind = type(module)
+    if kind is Swish:
+        return {"activation": "swish", "beta": ANNEALED}
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name == "torch.nn.modules.activation.GELU":
         return {"activation": "gelu_tanh" if module.approximate == "tanh" else "gelu"}

@@ -1,0 +1,144 @@
+"""Which gates are read from a forward, and which forwards are refused."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers_models import calls
+
+import bilinear_ops as bo
+from bilinear_ops.integrations.transformers import apply
+from bilinear_ops.testing import randn
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+class Custom(nn.Module):
+    """A gated MLP written in some other way."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn, self.limit, self.dropout = nn.SiLU(), 1.5, nn.Dropout(0.1)
+        self.how = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self).how(self, x)
+
+
+PROVED = {
+    "one side twice": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.gate_proj(x)),
+    "other order": lambda m, x: m.down_proj(m.up_proj(x) * m.act_fn(m.gate_proj(x))),
+    "function": lambda m, x: m.down_proj(nn.functional.silu(m.gate_proj(x)) * m.up_proj(x)),
+    "written out": lambda m, x: m.down_proj(m.gate_proj(x) * m.gate_proj(x).sigmoid() * m.up_proj(x)),
+    "slope": lambda m, x: m.down_proj(m.gate_proj(x) * torch.sigmoid(1.7 * m.gate_proj(x)) * m.up_proj(x)),
+    "limit": lambda m, x: m.down_proj(
+        m.act_fn(m.gate_proj(x).clamp(max=m.limit)) * m.up_proj(x).clamp(min=-m.limit, max=m.limit)
+    ),
+    "limit after": lambda m, x: m.down_proj(
+        m.act_fn(m.gate_proj(x)).clamp(max=0.1) * m.up_proj(x).clamp(min=-0.1, max=0.1)
+    ),
+    "offset": lambda m, x: m.down_proj((m.up_proj(x) + 1) * m.act_fn(m.gate_proj(x))),
+    "gelu": lambda m, x: m.down_proj(nn.functional.gelu(m.gate_proj(x), approximate="tanh") * m.up_proj(x)),
+}
+REFUSED = {
+    "dropout": lambda m, x: m.down_proj(m.dropout(m.act_fn(m.gate_proj(x)) * m.up_proj(x))),
+    "training": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * (m.up_proj(x) if m.training else m.gate_proj(x))),
+    "scaled": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) * 0.5,
+    "unlike limits": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x).clamp(max=2.0)) * m.up_proj(x).clamp(-1.0, 1.0)),
+    "one limit": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x).clamp(max=2.0)) * m.up_proj(x)),
+    "odd limits": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)).clamp(max=1.0) * m.up_proj(x).clamp(-2.0, 1.0)),
+    "scaled gate": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x) * 0.5) * m.up_proj(x)),
+    "scaled input": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(0.5 * x)) * m.up_proj(x)),
+    "no activation": lambda m, x: m.down_proj(m.gate_proj(x) * m.up_proj(x)),
+    "both sides": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x))),
+    "residual": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) + x,
+    "sum": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) + m.up_proj(x)),
+    "branch on values": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) if x.sum() > 0 else x,
+    "odd sigmoid": lambda m, x: m.down_proj(m.gate_proj(x) * torch.sigmoid(m.up_proj(x)) * m.up_proj(x)),
+}
+
+
+def custom(forward) -> nn.Module:
+    return type("Custom", (Custom,), {"how": forward})(forward)
+
+
+@pytest.mark.parametrize("how", PROVED)
+def test_forms_that_are_proved(how, monkeypatch):
+    module, x = custom(PROVED[how]), randn(5, 4)
+    expected = module(x)
+    assert apply(module)[0].status == "patched"
+    seen = calls(monkeypatch)
+    torch.testing.assert_close(module(x), expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_forms_that_are_refused(how):
+    module = custom(REFUSED[how])
+    (entry,) = apply(module)
+    assert entry.status == "left alone" and entry.reason
+
+
+def test_a_constant_that_changes_gives_the_forward_back(monkeypatch):
+    module, x = (
+        custom(lambda m, x: m.down_proj(m.gate_proj(x) * torch.sigmoid(m.limit * m.gate_proj(x)) * m.up_proj(x))),
+        randn(5, 4),
+    )
+    assert apply(module)[0].reason == "activation='swish', beta=1.5"
+    seen = calls(monkeypatch)
+    module(x)
+    module.limit = 2.0
+    assert torch.equal(module(x), Custom.forward(module, x)) and len(seen) == 1
+
+
+LIMITED = {  # MLPs of the library that clamp, and what is read from them
+    "deepseek_v4.DeepseekV4MLP": "activation='silu', limit=0.3",
+    "glm5_next.Glm5NextTextMLP": "activation='silu', limit=0.3",
+    "step3p7.Step3p7MLP": "activation='silu_clamped', limit=0.3",
+    "minimax_m3_vl.MiniMaxM3VLDenseMLP": "activation='swish', beta=1.5, limit=0.3, offset=1.0",
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_are_read_from_the_module(name):
+    model, _, kind = name.partition(".")
+    try:
+        library = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    except ImportError:
+        pytest.skip("not in this version of the library")
+    sizes = dict(hidden_size=24, intermediate_size=56, dense_intermediate_size=56, mlp_bias=False, hidden_act="silu")
+    limits = dict(swiglu_limit=0.3, swiglu_limits_shared=[0.3], swiglu_alpha=1.5)
+    module = getattr(library, kind)(SimpleNamespace(**sizes, **limits), *([0] if kind == "Step3p7MLP" else []))
+    x = 2 * randn(7, 24)
+    leaves = [x.requires_grad_(), *module.parameters()]
+    before = module(x)
+    expected = (before, *torch.autograd.grad(before.square().sum(), leaves))
+    (entry,) = apply(module)
+    assert (entry.status, entry.reason) == ("patched", LIMITED[name])
+    y = module(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), leaves)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_table_of_activations():
+    """Every activation of the library is ours in values and gradients, or unknown to us."""
+    from transformers.activations import ACT2FN
+
+    from bilinear_ops.integrations.gate_forms import activation_of
+
+    known = []
+    for name in ACT2FN:
+        module = ACT2FN[name]
+        options = activation_of(module)
+        if options is None:
+            continue
+        known.append(name)
+        z = torch.linspace(-9, 9, 4001, dtype=torch.float64, requires_grad=True)
+        pair = module(z), bo.reference.gated.activate(z, **options)
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), z)[0] for y in pair), rtol=1e-9, atol=1e-9)
+    assert {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "linear", "relu", "quick_gelu"} <= set(known)
+    assert {"relu2", "relu6", "mish", "tanh", "hardswish", "sigmoid"} & set(ACT2FN) <= set(known)
+    assert not {"leaky_relu", "prelu", "xielu", "gelu_10", "laplace"} & set(known)
