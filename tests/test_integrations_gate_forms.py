@@ -41,6 +41,9 @@ PROVED = {
         m.act_fn(m.gate_proj(x)).clamp(max=0.1) * m.up_proj(x).clamp(min=-0.1, max=0.1)
     ),
     "offset": lambda m, x: m.down_proj((m.up_proj(x) + 1) * m.act_fn(m.gate_proj(x))),
+    "bounded": lambda m, x: m.down_proj(
+        (25.0 * torch.tanh(m.up_proj(x) / 25.0)) * (torch.sigmoid(m.gate_proj(x)) * (m.gate_proj(x) / 4).tanh() * 4.0)
+    ),
     "gelu": lambda m, x: m.down_proj(nn.functional.gelu(m.gate_proj(x), approximate="tanh") * m.up_proj(x)),
 }
 REFUSED = {
@@ -52,6 +55,8 @@ REFUSED = {
     "odd limits": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)).clamp(max=1.0) * m.up_proj(x).clamp(-2.0, 1.0)),
     "scaled gate": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x) * 0.5) * m.up_proj(x)),
     "scaled input": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(0.5 * x)) * m.up_proj(x)),
+    "scaled product": lambda m, x: m.down_proj(100.0 * (m.act_fn(m.gate_proj(x)) * m.up_proj(x))),
+    "divided": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) / m.up_proj(x)),
     "no activation": lambda m, x: m.down_proj(m.gate_proj(x) * m.up_proj(x)),
     "both sides": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x))),
     "residual": lambda m, x: m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x)) + x,
@@ -142,3 +147,58 @@ def test_the_table_of_activations():
     assert {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "linear", "relu", "quick_gelu"} <= set(known)
     assert {"relu2", "relu6", "mish", "tanh", "hardswish", "sigmoid"} & set(ACT2FN) <= set(known)
     assert not {"leaky_relu", "prelu", "xielu", "gelu_10", "laplace"} & set(known)
+
+
+class Bounded(nn.Module):
+    """Kimi's pair, as a module of both sides."""
+
+    def __init__(self, bound: float = 4.0, linear_bound: float = 25.0):
+        super().__init__()
+        self.bound, self.linear_bound = bound, linear_bound
+
+    def forward(self, z: Tensor, a: Tensor) -> Tensor:
+        gated = self.bound * torch.tanh(z / self.bound) * torch.sigmoid(z)
+        return gated * (self.linear_bound * torch.tanh(a / self.linear_bound))
+
+
+class BoundedMLP(nn.Module):
+    def __init__(self, gate: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
+
+
+class OnlyInTraining(Bounded):
+    def forward(self, z: Tensor, a: Tensor) -> Tensor:
+        return super().forward(z, a) if self.training else z * a
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_gate_of_both_sides_that_is_a_module(compiled, monkeypatch):
+    module, x = BoundedMLP(Bounded()), 20 * randn(5, 4)
+    twin = BoundedMLP(Bounded())
+    twin.load_state_dict(module.state_dict())
+    assert apply(module)[0].reason == "activation='silu_bounded'"
+    torch._dynamo.reset()
+    seen = calls(monkeypatch)
+    run = torch.compile(module, backend="eager") if compiled else module
+    torch.testing.assert_close(run(x), twin(x))
+    assert len(seen) == 1
+    for m in (module, twin):
+        m.act_fn.bound = 3.0  # a constant of the child
+    assert torch.equal(run(x), twin(x)) and len(seen) == 1
+    for m in (module, twin):
+        m.act_fn.bound = 4.0
+        m.act_fn.register_forward_hook(lambda m, args, out: 2 * out)
+    assert torch.equal(run(x), twin(x)) and len(seen) == 1
+    for m in (module, twin):
+        m.act_fn = Bounded(2.0)
+    assert torch.equal(run(x), twin(x)) and len(seen) == 1
+
+
+@pytest.mark.parametrize("gate", (Bounded(4.0, 24.0), Bounded(3.0, 25.0), Bounded(5.0, 20.0), OnlyInTraining()))
+def test_other_gates_of_both_sides_are_refused(gate):
+    assert apply(BoundedMLP(gate))[0].status == "left alone"

@@ -27,7 +27,7 @@ NAMES = {
     bo.nn: """
         GatedBilinear GatedMLP Rank1Embedding Rank1Linear
         AdversarialSource FrequencyPenalty Gates Importances MixedWeights Transcoder route routed_gated_mlp
-        anneal_beta bilinearise_ swish_
+        Activations anneal_beta bilinearise_ swish_
     """,
     bo.plots: "cluster eigenvectors interactions similarity spectrum truncation",
 }

@@ -5,35 +5,43 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bilinear_ops.gated import gated_mlp
+from bilinear_ops.gated import gate, gated_mlp
 from bilinear_ops.integrations import gate_forms
 from bilinear_ops.integrations.gate_forms import Form, NotAGate, has_experts, is_untouched
+from bilinear_ops.results import Activations
 
 STATE = "_bilinear_ops"  # of a patched module: its How
+READ = "_bilinear_ops_read"  # of one that is read: its name, and the dictionary of what is read
 
 
 class How(NamedTuple):
     """How a patched module runs."""
 
     form: Form
-    act: Any  # the class of its activation, or None
-    constants: tuple[tuple[str, Any], ...]  # its plain attributes, from which a forward may read limits and slopes
+    children: tuple[tuple[str, Any], ...]  # what computes its gate: the activation and others, with their classes
+    constants: tuple[tuple[str, str, Any], ...]  # plain attributes of it and of these children: limits and slopes
     impl: str
     recompute: bool
 
 
 def prove(module: nn.Module, impl: str, recompute: bool) -> How:
     """How to run a module, or NotAGate with why not."""
-    if not isinstance(module.forward, MethodType):
+    if "forward" in vars(module) or not isinstance(module.forward, MethodType):
         raise NotAGate("its forward was replaced")
     form = gate_forms.experts(module) if has_experts(module) else gate_forms.mlp(module)
-    act = getattr(module, form.act) if form.act else None
-    constants = tuple((k, v) for k, v in vars(module).items() if k[0] != "_" and k != "training" and _is_constant(v))
-    how = How(form, None if act is None else type(act), constants, impl, recompute)
+    children = tuple((name, type(module.get_submodule(name))) for name in (form.act, *form.followed) if name)
+    constants = tuple(
+        (name, k, v)
+        for name in ("", *form.followed)
+        for k, v in vars(module.get_submodule(name)).items()
+        if k[0] != "_" and k != "training" and _is_constant(v)
+    )
+    how = How(form, children, constants, impl, recompute)
     if not holds(module, how):
         raise NotAGate("its activation has hooks, or its Linears differ in dtype or device")
     return how
@@ -55,12 +63,12 @@ def _no_global_hooks() -> bool:
 def holds(module: nn.Module, how: How) -> bool:
     """Whether what was proved of a module is still so; asked at every call."""
     form = how.form
-    for name, value in how.constants:
-        if getattr(module, name, NotAGate) != value:
+    for child, kind in how.children:
+        part = getattr(module, child)
+        if part.__class__ is not kind or not is_untouched(part):
             return False
-    if form.act:
-        act = getattr(module, form.act)
-        if act.__class__ is not how.act or not is_untouched(act):
+    for child, name, value in how.constants:
+        if getattr(getattr(module, child) if child else module, name, NotAGate) != value:
             return False
     return _no_global_hooks() and (has_experts(module) or _plain_linears(module, form))
 
@@ -75,9 +83,16 @@ def _plain_linears(module: nn.Module, form: Form) -> bool:
 
 
 def run(module: nn.Module, how: How, x: Tensor) -> Tensor:
-    """A gated MLP through the op."""
-    (w, v, p), biases = how.form.weights(module)
-    return gated_mlp(x, w, v, p, *biases, recompute=how.recompute, impl=how.impl, **how.form.keywords(module))
+    """A gated MLP through the op, or through its parts where these are read."""
+    (w, v, p), (b_w, b_v, b_p) = how.form.weights(module)
+    options = how.form.keywords(module)
+    if READ not in vars(module):
+        return gated_mlp(x, w, v, p, b_w, b_v, b_p, recompute=how.recompute, impl=how.impl, **options)
+    a, z = F.linear(x, w, b_w), F.linear(x, v, b_v)
+    hid = gate(a, z, impl=how.impl, **options)
+    name, seen = vars(module)[READ]
+    seen[name] = Activations(a, z, hid)
+    return F.linear(hid, p, b_p)
 
 
 def prove_again(module: nn.Module) -> None:

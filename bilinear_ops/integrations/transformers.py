@@ -18,10 +18,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bilinear_ops.gated import gate
 from bilinear_ops.integrations.bilinearising import Bilinearisation, bilinearise
 from bilinear_ops.integrations.gate_forms import MLPS, NotAGate, has_experts, linear_names, own_class
-from bilinear_ops.integrations.patches import STATE, holds, prove, run
+from bilinear_ops.integrations.patches import READ, STATE, holds, prove, run
+from bilinear_ops.integrations.reading import read
 from bilinear_ops.integrations.weights import GatedWeights, gated_weights
 
-__all__ = ["Bilinearisation", "Entry", "GatedWeights", "Report", "apply", "bilinearise", "gated_weights", "revert"]
+__all__ = [
+    "Bilinearisation",
+    "Entry",
+    "GatedWeights",
+    "Report",
+    "apply",
+    "bilinearise",
+    "gated_weights",
+    "read",
+    "revert",
+]
 
 IMPLS = ("auto", "triton", "torch")
 
@@ -135,6 +146,8 @@ def _patched_class(original: type[nn.Module]) -> type[nn.Module]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             how = vars(self)[STATE]
             if len(args) != 1 or kwargs or not holds(self, how):
+                if READ in vars(self):
+                    raise RuntimeError(f"{vars(self)[READ][0]} is read, but runs its own forward: hook its Linears")
                 return original.forward(self, *args, **kwargs)
             return run(self, how, args[0])
 

@@ -8,8 +8,10 @@ from bilinear_ops.nn.mixed import MixedWeights
 from bilinear_ops.nn.rank1 import Rank1Embedding, Rank1Linear
 from bilinear_ops.nn.routed import route, routed_gated_mlp
 from bilinear_ops.nn.transcoder import Transcoder
+from bilinear_ops.results import Activations
 
 __all__ = [
+    "Activations",
     "AdversarialSource",
     "FrequencyPenalty",
     "GatedBilinear",

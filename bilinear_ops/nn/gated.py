@@ -7,11 +7,12 @@ import math
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilinear_ops import gates
-from bilinear_ops.gated import Numbers, check_gate, gated_bilinear, gated_mlp
-from bilinear_ops.results import ACTIVATIONS
+from bilinear_ops.gated import Numbers, check_gate, gate, gated_bilinear, gated_mlp
+from bilinear_ops.results import ACTIVATIONS, Activations
 
 NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not
     "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
@@ -105,6 +106,15 @@ class _Gated(nn.Module):
     def _options(self) -> dict[str, Any]:
         beta = 1.0 if self.beta is None else self.beta.reshape(())
         return {"activation": self.activation, "beta": beta, "limit": self.limit, "offset": self.offset}
+
+    def activations(self, x: Tensor) -> Activations:
+        """The pre-activations and the hidden units, `Activations(a, z, hid)` of `[..., h]`, for x `[..., d_in]`.
+
+        a = x w^T + b_w and z = x v^T + b_v as the gate gets them, before a limit and an offset; hid is the gate's
+        output, and that of the whole layer is hid p^T + b_p. Differentiable; compiles without a graph break.
+        """
+        a, z = F.linear(x, self.w, self.b_w), F.linear(x, self.v, self.b_v)
+        return Activations(a, z, gate(a, z, **self._options()))
 
     def _check_bilinear(self) -> None:
         if self.limit is not None or self.offset is not None:
