@@ -22,7 +22,7 @@ def test_a_bilinear_model_that_the_library_loads(kind, tmp_path):
     before, keys = model(ids).logits, list(model.state_dict())
     annealing = bilinearise(model, steps=10)
     torch.testing.assert_close(model(ids).logits, before)
-    assert annealing.beta == 1.0 and annealing(1) == annealing.beta == pytest.approx(2 / 3)
+    assert annealing.beta == 1.0 and annealing(1) == pytest.approx(annealing.beta) == pytest.approx(2 / 3)
     assert not torch.allclose(model(ids).logits, before)
     assert annealing(3) == 0.0
     annealed, down = model(ids).logits, mlp(model).down_proj.weight.clone()

@@ -127,6 +127,16 @@ def test_limits_are_read_from_the_module(name):
     torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), leaves)), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_multipliers_are_refused():
+    """Falcon-H1 scales the gate's input and the output: an op of ours would have to as well."""
+    library = pytest.importorskip("transformers.models.falcon_h1.modeling_falcon_h1")
+    sizes = dict(hidden_size=24, intermediate_size=56, mlp_bias=False, hidden_act="silu", mlp_multipliers=[0.5, 2.0])
+    module, x = library.FalconH1MLP(SimpleNamespace(**sizes)), randn(5, 24)
+    before = module(x)
+    assert [e.status for e in apply(module)] == ["left alone"]
+    assert torch.equal(module(x), before)
+
+
 def test_the_table_of_activations():
     """Every activation of the library is ours in values and gradients, or unknown to us."""
     from transformers.activations import ACT2FN

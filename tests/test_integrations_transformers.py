@@ -75,9 +75,11 @@ def test_experts_whose_gate_is_out_of_reach_are_left_alone():
     assert [e.status for e in apply(model)] == ["left alone", "patched"]
 
 
-@pytest.mark.parametrize("kind", ("llama", "gemma3_text", "phi3"))
+@pytest.mark.parametrize("kind", (*DENSE, *(pytest.param(kind, marks=needs_stacked_experts) for kind in EXPERTS)))
 def test_half_precision_is_no_worse(kind):
-    model, ids = build(kind), tokens()
+    model, ids = build(kind), tokens(48)
+    if kind in EXPERTS:
+        model.set_experts_implementation("grouped_mm")
     gold = copy.deepcopy(model).double()(ids).logits
     errors = []
     half = model.bfloat16()

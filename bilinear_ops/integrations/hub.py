@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops.integrations.gate_forms import NotAGate, linear_names, own_class
-from bilinear_ops.integrations.patches import STATE, How, holds, prove, run
+from bilinear_ops.integrations.patches import STATE, How, check_own_forward, holds, prove, run
 from bilinear_ops.integrations.transformers import Entry, Report
 
 ACTIVATIONS = {"SwiGLUMLP": ("silu",), "GeGLUMLP": ("gelu", "gelu_tanh")}  # layers by the gates that are theirs
@@ -62,6 +62,7 @@ def mark(model: nn.Module) -> Report:
         if not linear_names(module):
             continue
         try:
+            check_own_forward(module)
             layer, _ = vars(module)[PROVED] = _prove(module)
         except NotAGate as reason:
             entries.append(Entry(name, type(module).__name__, "left alone", str(reason)))

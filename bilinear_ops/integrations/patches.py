@@ -29,10 +29,14 @@ class How(NamedTuple):
     recompute: bool
 
 
-def prove(module: nn.Module, impl: str, recompute: bool) -> How:
-    """How to run a module, or NotAGate with why not."""
+def check_own_forward(module: nn.Module) -> None:
+    """Raise NotAGate where calling a module does not run the forward of its class."""
     if "forward" in vars(module) or not isinstance(module.forward, MethodType):
         raise NotAGate("its forward was replaced")
+
+
+def prove(module: nn.Module, impl: str, recompute: bool) -> How:
+    """How to run a module, or NotAGate with why not."""
     form = gate_forms.experts(module) if has_experts(module) else gate_forms.mlp(module)
     children = tuple((name, type(module.get_submodule(name))) for name in (form.act, *form.followed) if name)
     constants = tuple(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bilinear_ops.gated import gate
 from bilinear_ops.integrations.bilinearising import Bilinearisation, bilinearise
 from bilinear_ops.integrations.gate_forms import MLPS, NotAGate, has_experts, linear_names, own_class
-from bilinear_ops.integrations.patches import READ, STATE, holds, prove, run
+from bilinear_ops.integrations.patches import READ, STATE, check_own_forward, holds, prove, run
 from bilinear_ops.integrations.reading import read
 from bilinear_ops.integrations.weights import GatedWeights, gated_weights
 
@@ -92,6 +92,7 @@ def apply(model: nn.Module, *, impl: str = "auto", recompute: bool = False) -> R
             entries.append(Entry(name, kind, "already patched", "revert first to change how it runs"))
             continue
         try:
+            check_own_forward(module)
             how = prove(module, impl, recompute)
         except NotAGate as reason:
             entries.append(Entry(name, kind, "left alone", str(reason)))
