@@ -110,6 +110,12 @@ def networks(workload: Workload) -> int:
     return m * c * hidden * (sum(forward.values()) + sum(backward.values()))
 
 
+def llama(workload: Workload) -> int:
+    """PyTorch does not count the attention of CPUs: two products forward and four backward, half of each masked."""
+    m, d, _, layers = workload.shape.values()
+    return by("eager")(workload) + layers * 6 * m * m * d
+
+
 FLOPS: dict[str, Callable[[Workload], int]] = {
     "gated_mlp": by("eager"),
     "GatedMLP": by("eager"),
@@ -125,6 +131,7 @@ FLOPS: dict[str, Callable[[Workload], int]] = {
     "rank1_sparse": sparse,
     "rank1_accumulate": by("eager"),
     "component_gates": networks,
+    "llama": llama,
 }
 
 
