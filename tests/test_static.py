@@ -252,6 +252,7 @@ def test_without_a_baseline_of_these_versions_the_gate_fails(monkeypatch, tmp_pa
     report = gate.Report("a_kernel", "float16", "sm_90", 0, code, programs=264, tiles=512, resident=2)
     monkeypatch.setattr(gate, "all_reports", lambda *arguments: [report])
     monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    monkeypatch.setattr(baseline, "MODELLED", tmp_path)
     for words, status in (([], 1), (["--update"], 0), ([], 0)):
         monkeypatch.setattr("sys.argv", ["", *words])
         assert gate.main() == status
