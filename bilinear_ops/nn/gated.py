@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bilinear_ops import gates
 from bilinear_ops._check import check_sizes
-from bilinear_ops.gated import Numbers, check_gate, gate, gated_bilinear, gated_mlp
-from bilinear_ops.results import ACTIVATIONS, Activations
+from bilinear_ops.gated import check_gate, gate, gated_bilinear, gated_mlp
+from bilinear_ops.results import Activations
 
 NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not
     "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
@@ -48,14 +48,12 @@ class _Gated(nn.Module):
         factory: dict[str, Any],
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check_gate(activation, 1.0, limit, offset, torch.empty(0))
         if activation != "swish" and not (isinstance(beta, float | int) and beta == 1.0):
             raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
         for name, number in (("limit", limit), ("offset", offset)):
             if not isinstance(number, float | int | None):
                 raise TypeError(f"{name} must be a float, got {type(number).__name__}")
-        check_gate(activation, Numbers(limit=limit, offset=offset), torch.empty(0))
         check_sizes(d_in=d_in, d_hidden=d_hidden)
         self.activation, self.limit, self.offset = activation, limit, offset
         self.w = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
