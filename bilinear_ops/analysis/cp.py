@@ -90,7 +90,7 @@ def cp_decompose(
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
         limit = f"between 0 and h={sizes['h']}" if init is None else f"{sizes['r']}, the rows of init"
         raise ValueError(f"rank must be {limit}, got {rank}")
-    if min(steps, inner_steps, restarts) < 0 or not tol >= 0:
+    if min(steps, inner_steps, restarts) < 0 or tol < 0:
         given = f"{steps}, {inner_steps}, {restarts} and {tol}"
         raise ValueError(f"steps, inner_steps, restarts and tol must not be negative, got {given}")
     if restarts and rank > sizes["h"]:
