@@ -42,7 +42,10 @@ SHARED_TESTS = (
 
 # room: (sources, tests); a family's sources and tests are found by their names
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gated": (("bilinear_ops/**/gated.py",), ("tests/test_gated*.py",)),
+    "gated": (
+        ("bilinear_ops/**/gated.py",),
+        ("tests/test_gated*.py", "tests/test_nn.py", "tests/test_rank1_gated.py"),
+    ),
     "interaction": (("bilinear_ops/**/interaction/*.py",), ("tests/test_interaction*.py",)),
     "rank1": (("bilinear_ops/**/rank1/*.py",), ("tests/test_rank1*.py",)),
     "kernels": (

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers")
 
 import bilinear_ops as bo
+from bilinear_ops.integrations import gate_forms
 from bilinear_ops.integrations.transformers import apply, gated_weights, revert
 from bilinear_ops.testing import randn
 
@@ -438,6 +439,41 @@ def test_forms_that_are_refused(how):
     module = custom(REFUSED[how])
     (entry,) = apply(module)
     assert entry.status == "left alone" and entry.reason
+
+
+class Gated(nn.Module):
+    """Experts whose gate is a function of what they project to."""
+
+    def __init__(self):
+        super().__init__()
+        self.act_fn, self.config = nn.SiLU(), SimpleNamespace(_experts_implementation="grouped_mm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_gate(x)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = type(self).halves(gate_up)
+        return self.act_fn(gate) * up
+
+
+HALVES = {
+    ("packed", True): lambda t: t.chunk(2, dim=-1),
+    ("packed", False): lambda t: (t.chunk(2, dim=-1)[1], t.chunk(2, dim=-1)[0]),
+    ("interleaved", True): lambda t: (t[..., ::2], t[..., 1::2]),
+    ("interleaved", False): lambda t: (t[..., 1::2], t[..., ::2]),
+}
+
+
+@pytest.mark.parametrize("found", HALVES, ids=str)
+def test_halves_of_experts_in_either_order(found):
+    form = gate_forms.experts(type("Gated", (Gated,), {"halves": HALVES[found]})())
+    assert (form.halves, form.gate_first) == found and form.options["activation"] == "silu"
+
+
+def test_a_gate_of_one_half_twice_is_refused():
+    module = type("Gated", (Gated,), {"halves": lambda t: (t.chunk(2, dim=-1)[0],) * 2})()
+    with pytest.raises(gate_forms.NotAGate, match="does not act on the two halves"):
+        gate_forms.experts(module)
 
 
 def test_a_constant_that_changes_gives_the_forward_back(monkeypatch):
