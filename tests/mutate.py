@@ -100,6 +100,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "gradient_rows: int = 129  # for each thread, at least: fewer make the library's products slow",
     ): "results do not depend on sizes of blocks, as tests/test_blocks.py shows",
     (
+        "bilinear_ops/nn/gated.py",
+        'linear = nn.Linear(1, 2, bias=False, device="meta")',
+    ): "a placeholder, whose weight is replaced",
+    (
         "bilinear_ops/plots.py",
         "lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=4, linewidth=1.2, **style)",
     ): "the size of a marker is a matter of taste",
