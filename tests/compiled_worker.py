@@ -20,11 +20,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from bench.static import gate, sass
-from bench.static.cases import FAMILIES, Case
-from bilinear_ops.kernels import config, gated
+from bench.static.cases import FAMILIES
+from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
-from bilinear_ops.kernels.records import RowTile
+from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.results import Gate, Masks
 
 MODULES = (config, gated, matrices, losses, masked, masks, sparse)
@@ -115,58 +115,54 @@ def lowering() -> Iterator[None]:
         knobs.compilation.always_compile = always
 
 
-def strided_cases(arch: str) -> Iterator[Case]:
-    """Operands none of whose strides is 1: the compiler drops multiplications by 1."""
+def strided_calls() -> Iterator[Callable[[], object]]:
+    """Every kernel, on operands none of whose strides is 1: the compiler drops multiplications by 1."""
 
     def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return meta(*shape, 3, dtype=dtype)[..., 0]
 
-    s, m, c, o, h = 4, 4096, 3072, 1024, 2048
+    s, m, c, d, o, h = 4, 4096, 3072, 1024, 1024, 2048
     wide = partial(t, dtype=torch.float32)
-    seed = meta(dtype=torch.int64)
-    routing = t(m, dtype=torch.bool)
-    for source, drawn, sampling in ((wide(s, m, c), None, "source"), (None, seed, "continuous")):
-        masked_by = Masks(wide(m, c), source, wide(s, m), routing, drawn, None, None, 0, s, sampling)
-        need = [True, True, True, source is not None, True]
-        yield Case(f"apply, {sampling}", partial(masked.masked_apply, meta(s, m, o), t(m, c), t(c, o), masked_by, 1.0))
-        back = partial(masked.masked_apply_backward, meta(s, m, o), t(m, c), t(c, o), masked_by, need)
-        yield Case(f"back, {sampling}", back)
-    yield Case("dots", partial(sparse.sparse_dots, t(m, o), t(c, o), meta(m, 8, dtype=torch.int64)))
-    yield Case("sums", partial(sparse.sparse_sums, t(m, 8), t(c, o), meta(m, 8, dtype=torch.int64)))
-    yield Case("gate", partial(gated.gate, t(m, h), t(m, h), Gate("silu")))
-    yield Case("faithfulness", partial(losses.squared_difference, t(o, h), t(h, c), t(c, o)))
+    seed, routing, indices = meta(dtype=torch.int64), t(m, dtype=torch.bool), meta(m, 8, dtype=torch.int64)
+    tile, swish = Tile(64, 64, 32, 4, 3), Gate("swish", meta())
 
+    def fused(call: Callable[..., object], *arguments: object) -> None:
+        with tuning.using(gated_forward_kernel=tile, gated_backward_kernel=tile):
+            call(*arguments)
 
-def representations(only: str = "") -> Iterator[tuple[str, str]]:
-    """Name and representation of every kernel, once for each way in and each set of its arguments; through pointers."""
-    seen: set[tuple[object, ...]] = set()
-    texts: list[tuple[str, str]] = []
-    warmup = JITFunction.warmup
-
-    def lower(kernel: JITFunction, *args: object, **kwargs: Any) -> None:
-        choices = tuple(sorted((k, v) for k, v in kwargs.items() if isinstance(v, str | bool)))
-        key = (kernel.__name__, choices, tuple(a is None or isinstance(a, int) and a == 1 for a in args))
-        if only not in kernel.__name__ or key in seen:
-            return
-        seen.add(key)
-        try:
-            warmup(kernel, *args, **kwargs)
-        except Lowered as done:
-            texts.append((kernel.__name__, str(done)))
-
-    with gate.compiling("sm_80"), lowering(), mock.patch.object(JITFunction, "warmup", lower):
-        for family in (*FAMILIES, strided_cases):
-            for case in family("sm_80"):
-                if not case.rejected and "float16 " not in case.name.replace("bfloat16", ""):
-                    case.call()
-    return iter(texts)
+    yield partial(fused, gated.gate_forward, t(m, d), t(h, d), t(h, d), t(h), t(h), swish, True)
+    yield partial(fused, gated.gate_backward, t(m, o), t(o, h), t(m, 2 * h), swish, True, True)
+    yield partial(gated.gate, t(m, h), t(m, h), swish)
+    yield partial(gated.gate_backward, t(m, h), None, t(m, 2 * h), swish, True, True)
+    for directions in (8, 512):
+        yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, False)
+        yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, True)
+    yield partial(masks.uniform, seed, 0, s, m, c)
+    for rows in (m, 1):
+        for source, drawn, sampling in ((wide(s, rows, c), None, "source"), (None, seed, "continuous")):
+            masked_by = Masks(wide(rows, c), source, wide(s, m), routing, drawn, None, None, 0, s, sampling)
+            need = [True, True, True, source is not None, True]
+            yield partial(masked.masked_apply, meta(s, m, o), t(m, c), t(c, o), masked_by, 1.0)
+            yield partial(masked.masked_apply_backward, meta(s, m, o), t(m, c), t(c, o), masked_by, need)
+    yield partial(sparse.sparse_dots, t(m, d), t(c, d), indices)
+    yield partial(sparse.sparse_sums, t(m, 8), t(c, d), indices)
+    yield partial(losses.squared_difference, t(o, d), t(d, c), t(c, o))
 
 
 def multiplications() -> dict[str, list[str]]:
     """By kernel: multiplications of two run-time numbers in 32 bits that end in an address."""
     found: dict[str, list[str]] = {}
-    for name, text in representations():
-        found.setdefault(name, []).extend(narrow_offsets(text))
+    warmup = JITFunction.warmup
+
+    def lower(kernel: JITFunction, *args: object, **kwargs: object) -> None:
+        try:
+            warmup(kernel, *args, **kwargs)
+        except Lowered as done:
+            found.setdefault(kernel.__name__, []).extend(narrow_offsets(str(done)))
+
+    with gate.compiling("sm_80"), lowering(), mock.patch.object(JITFunction, "warmup", lower):
+        for call in strided_calls():
+            call()
     return found
 
 
@@ -216,9 +212,9 @@ def casts() -> dict[str, list[str]]:
     functions = {f.__name__: f for m in MODULES for f in vars(m).values() if isinstance(f, JITFunction)}
     for function in functions.values():
         source = function.src
-        for number, match in enumerate(CAST.finditer(source)):
+        for match in CAST.finditer(source):
             line = source[: match.start()].count("\n")
-            place = f"{function.__name__} {number}: {source.splitlines()[line].strip()}"
+            place = f"{function.__name__}: {source.splitlines()[line].strip()}"
             function._unsafe_update_src(source[: match.start()] + (match.group(1) or "") + source[match.end() :])
             after = multiplications()
             found[place] = [name for name, lines in after.items() if len(lines) > before[name]]

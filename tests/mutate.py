@@ -42,7 +42,10 @@ SHARED_TESTS = (
 
 # room: (sources, tests); a family's sources and tests are found by their names
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gated": (("bilinear_ops/**/gated.py",), ("tests/test_gated*.py",)),
+    "gated": (
+        ("bilinear_ops/**/gated.py",),
+        ("tests/test_gated*.py", "tests/test_nn.py", "tests/test_rank1_gated.py"),
+    ),
     "interaction": (("bilinear_ops/**/interaction/*.py",), ("tests/test_interaction*.py",)),
     "rank1": (("bilinear_ops/**/rank1/*.py",), ("tests/test_rank1*.py",)),
     "kernels": (
@@ -96,6 +99,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "bilinear_ops/composite/limits.py",
         "gradient_rows: int = 129  # for each thread, at least: fewer make the library's products slow",
     ): "results do not depend on sizes of blocks, as tests/test_blocks.py shows",
+    (
+        "bilinear_ops/nn/gated.py",
+        'linear = nn.Linear(1, 2, bias=False, device="meta")',
+    ): "a placeholder, whose weight is replaced",
     (
         "bilinear_ops/plots.py",
         "lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=4, linewidth=1.2, **style)",

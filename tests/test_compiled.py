@@ -73,6 +73,29 @@ def test_offsets_are_products_of_64_bits():
     assert len(narrow) == 12 and {name: lines for name, lines in narrow.items() if lines} == {}
 
 
+TWICE = "the row is widened before it reaches the address, and once more there"
+WORDS = "a word of the generator: tests/test_rank1_masks.py draws in far rows"
+NARROW_BY_THEMSELVES = {
+    "load_rows: rows = row + tl.arange(0, ROWS).to(tl.int64)": TWICE,
+    "load_gates: rows = row + tl.arange(0, ROWS).to(tl.int64)": TWICE,
+    "mask_kernel: row = tl.program_id(0).to(tl.int64) // tiles_c * ROWS": TWICE,
+    "uniform_kernel: row = tl.program_id(0).to(tl.int64) // tiles_c * ROWS": TWICE,
+    "draw_uniforms: rows = tl.cast(row, tl.int64) + tl.arange(0, ROWS)": TWICE,
+    "draw_uniforms: columns = tl.cast(column, tl.int64) + tl.arange(0, COLUMNS)": WORDS,
+    "next_state: return mix(state + (index.to(tl.int64) + 1).to(tl.uint64) * GOLDEN)": WORDS,
+    "uniform_tile: rows = (tl.cast(row, tl.int64) + tl.arange(0, ROWS)).to(tl.uint64) << PAIR_BITS": WORDS,
+}
+
+
+@pytest.mark.slow  # CI runs it all the same
+def test_a_dropped_cast_to_64_bits_is_noticed():
+    """Each cast of the kernels, dropped alone, leaves a narrow product, but for those named here."""
+    noticed = found("casts")
+    assert len(noticed) == 24 and {cast for cast, kernels in noticed.items() if not kernels} == set(
+        NARROW_BY_THEMSELVES
+    )
+
+
 REPRESENTATION = """
     %block = arith.constant 16 : i32
     %pid = tt.get_program_id x : i32

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers_models import calls
 
 import bilinear_ops as bo
+from bilinear_ops.integrations import gate_forms
 from bilinear_ops.integrations.transformers import apply
 from bilinear_ops.testing import randn
 
@@ -212,3 +213,38 @@ def test_a_gate_of_both_sides_that_is_a_module(compiled, monkeypatch):
 @pytest.mark.parametrize("gate", (Bounded(4.0, 24.0), Bounded(3.0, 25.0), Bounded(5.0, 20.0), OnlyInTraining()))
 def test_other_gates_of_both_sides_are_refused(gate):
     assert apply(BoundedMLP(gate))[0].status == "left alone"
+
+
+class Gated(nn.Module):
+    """Experts whose gate is a function of what they project to."""
+
+    def __init__(self):
+        super().__init__()
+        self.act_fn, self.config = nn.SiLU(), SimpleNamespace(_experts_implementation="grouped_mm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_gate(x)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = type(self).halves(gate_up)
+        return self.act_fn(gate) * up
+
+
+HALVES = {
+    ("packed", True): lambda t: t.chunk(2, dim=-1),
+    ("packed", False): lambda t: (t.chunk(2, dim=-1)[1], t.chunk(2, dim=-1)[0]),
+    ("interleaved", True): lambda t: (t[..., ::2], t[..., 1::2]),
+    ("interleaved", False): lambda t: (t[..., 1::2], t[..., ::2]),
+}
+
+
+@pytest.mark.parametrize("found", HALVES, ids=str)
+def test_halves_of_experts_in_either_order(found):
+    form = gate_forms.experts(type("Gated", (Gated,), {"halves": HALVES[found]})())
+    assert (form.halves, form.gate_first) == found and form.options["activation"] == "silu"
+
+
+def test_a_gate_of_one_half_twice_is_refused():
+    module = type("Gated", (Gated,), {"halves": lambda t: (t.chunk(2, dim=-1)[0],) * 2})()
+    with pytest.raises(gate_forms.NotAGate, match="does not act on the two halves"):
+        gate_forms.experts(module)

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import bilinear_ops as bo
-from bilinear_ops.kernels import config, tuning
+from bilinear_ops.kernels import config, launching, tuning
 from bilinear_ops.testing import randn
 
 SMALL = (config.Tile(32, 32, 16, 4, 1), config.Tile(16, 64, 32, 4, 1), config.LIBRARY)
@@ -208,6 +209,27 @@ def test_a_capture_measures_nothing(clock, monkeypatch):
     clock.measured.clear()
     monkeypatch.setattr(tuning, "_capturing", lambda t: True)
     assert torch.equal(found(gated), expected) and not clock.measured  # what is known is used
+
+
+@pytest.mark.parametrize("capturing", (True, False))
+def test_a_capture_is_seen(capturing, monkeypatch):
+    """Of the current stream, and only where the tensor is on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert tuning._capturing(SimpleNamespace(is_cuda=True)) is capturing
+    assert not tuning._capturing(SimpleNamespace(is_cuda=False))
+
+
+def test_a_tuned_tile_that_runs_out_steps_down_to_the_table(clock):
+    like, tuned, tried = randn(2, 2), config.RowTile(64, 64, 4), []
+    tuning._chosen[tuning._key("gate_kernel", like, (1,))] = tuned
+
+    def run(tile):
+        tried.append(tile)
+        if tile == tuned:
+            raise OutOfResources(2, 1, "shared memory")
+        return tile
+
+    assert launching.launch("gate_kernel", like, (1,), ROWS, run) == ROWS[0] and tried == [tuned, ROWS[0]]
 
 
 def test_tracing_measures_nothing(clock):
