@@ -110,12 +110,10 @@ def test_flops_of_other_ops():
         assert name == "interaction_topk" or found[f"{name}_backward"] > 0
 
 
-def test_formulas_wait_for_the_counter():
-    """The counter imports Triton and numpy: whichever is imported first, the formulas are registered."""
-    check = "assert torch.ops.bilinear_ops.gated in torch.utils.flop_counter.flop_registry"
-    for lines in ("import bilinear_ops, torch.utils.flop_counter", "import torch.utils.flop_counter, bilinear_ops"):
-        code = f"import sys, torch; before = len(sys.meta_path); {lines}; {check}; import importlib.util"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_counter_imported_first_has_the_formulas():
+    """The other order is that of this session: the formulas wait for the counter, which imports Triton and numpy."""
+    code = "import torch.utils.flop_counter as c, bilinear_ops, torch; c.flop_registry[torch.ops.bilinear_ops.gated]"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("pre_dispatch", (False, True))
@@ -307,18 +305,19 @@ def test_topk_at_once(factors, weighted, basis, score, scope, monkeypatch):
     streamed, merge = [], ranking._Best.merge
     monkeypatch.setattr(ranking._Best, "merge", lambda self: streamed.append(1) or merge(self))
     found = []
-    for bound in (1 << 20, 0):
+    for bound in (1 << 20, -1):
         monkeypatch.setattr(limits, "at_once", bound)
         directions = bo.Directions(u, c) if factors else c
         found.append(bo.interaction_topk(w, v, directions, 3, score=score, scope=scope, weight=weight, basis=basis))
-        assert bool(streamed) == (bound == 0)
+        assert bool(streamed) == (bound < 0)
     torch.testing.assert_close(found[0].values, found[1].values, rtol=1e-4, atol=1e-5)
     for one, other in zip(found[0][1:], found[1][1:], strict=True):
         assert torch.equal(one, other) and one.is_contiguous()
 
 
-def test_ties_and_nan_are_ranked_by_the_stream():
+def test_ties_and_nan_are_ranked_by_the_stream(monkeypatch):
     """Equal ranks are in order of (k, i, j); a sort alone leaves them in any."""
+    monkeypatch.setattr(limits, "at_once", 1 << 20)
     w, v, c = torch.ones(3, 5), torch.ones(3, 5), torch.ones(2, 3)
     top = bo.interaction_topk(w, v, c, 4, scope="global")
     assert top.i.tolist() == [0, 0, 0, 0] and top.j.tolist() == [1, 2, 3, 4] and top.k.tolist() == [0] * 4
@@ -327,9 +326,11 @@ def test_ties_and_nan_are_ranked_by_the_stream():
     assert torch.equal(top.i, expected.i) and torch.equal(top.j, expected.j)
 
 
+@pytest.mark.parametrize("at_once", (1 << 20, -1))
 @pytest.mark.parametrize("scope", ("output", "global"))
 @pytest.mark.parametrize(("outputs", "d", "h"), ((4, 32, 64), (32, 32, 128)))
-def test_topk_takes_no_more_memory_than_the_formula(outputs, d, h, scope):
+def test_topk_takes_no_more_memory_than_the_formula(outputs, d, h, scope, at_once, monkeypatch):
+    monkeypatch.setattr(limits, "at_once", at_once)
     w, v, c = randn(h, d), randn(h, d), randn(outputs, h)
     first = 0 if scope == "global" else 1
 
@@ -340,4 +341,18 @@ def test_topk_takes_no_more_memory_than_the_formula(outputs, d, h, scope):
         return (q.gather(-1, best),)
 
     ours = peak_memory(lambda: tuple(bo.interaction_topk(w, v, c, 10, scope=scope)), w.device)
+    assert 0 < ours <= peak_memory(formula, w.device)
+
+
+def test_a_ranking_over_features_takes_no_more_memory_than_a_loop():
+    """Matrices of a few outputs are held beside a tile of scores, not those of all."""
+    outputs, d, h, features = 10, 512, 16, 2048
+    w, v, c, basis = randn(h, d), randn(h, d), randn(outputs, h), randn(d, features)
+
+    def formula():
+        q = (w.t() * c[0]) @ v  # the memory of one output is that of the loop
+        q = (basis.t() @ ((q + q.t()) @ basis)).tril(-1).flatten()
+        return (q[q.abs().topk(100).indices],)
+
+    ours = peak_memory(lambda: tuple(bo.interaction_topk(w, v, c, 100, scope="global", basis=basis)), w.device)
     assert 0 < ours <= peak_memory(formula, w.device)

@@ -138,7 +138,7 @@ def interaction_moments(
     moments = w.new_zeros(5, outputs, dtype=torch.float64)
     gram = None if basis is None else basis @ basis.t()
     total = w.new_ones(w.shape[1]) if basis is None else basis.sum(1)
-    for k0, k1, q in _matrix_chunks(w, v, c, u, matrices):
+    for k0, k1, q in _matrix_chunks(w, v, c, u, matrices, limits.matrices):
         mixed = q if gram is None else q @ gram
         moments[0, k0:k1] = ((q @ total) @ total).double()
         moments[1, k0:k1] = (mixed * mixed.mT).sum((1, 2), dtype=torch.float64)
@@ -163,10 +163,10 @@ def _third_and_fourth(t: Tensor) -> Tensor:
 
 
 def _matrix_chunks(
-    w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, matrices: Matrices
+    w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, matrices: Matrices, budget: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     outputs, d = (c if u is None else u).shape[0], w.shape[1]
-    for a, b in blocks(outputs, d * d, limits.matrices):
+    for a, b in blocks(outputs, d * d, budget):
         yield a, b, matrices(w, v, c[a:b], None, False) if u is None else matrices(w, v, c, u[a:b], False)
 
 
@@ -200,7 +200,9 @@ def _score_tiles(
             tiles = products(w, v, c[a:b], None) if u is None else products(w, v, c, u[a:b])
             yield b - a, (_Tile(t, k + first, i, j, upper=True) for first, _, i, j, t in tiles for k in (a,))
     else:
-        for start, _, q in _matrix_chunks(w, v, c, u, matrices):
+        # half of a tile: with its scores and ranks less than the two matrices [F, F] of a loop over outputs
+        budget = limits.scores // 2 if w.is_cpu else limits.matrices
+        for start, _, q in _matrix_chunks(w, v, c, u, matrices, budget):
             for a, b in blocks(q.shape[0], features * features, limits.scores):
                 yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
 
