@@ -375,9 +375,11 @@ def _step(
         given = [True]
         return training_step(lambda *t: einsums(bool(given and given.pop()), *t), trained=6 * sites)(*inputs)
 
-    products = sum(2 * m * (i + samples * o) * c + samples * m * sum(
-        a * b for a, b in itertools.pairwise(sizes[n + 1 :])
-    ) for n, (i, o) in enumerate(shapes))  # fmt: skip
+    flops = 0
+    for n, (i, o) in enumerate(shapes):
+        rest = sum(a * b for a, b in itertools.pairwise(sizes[n + 1 :]))  # from the site to the model's output
+        # x W^T is the model's own; acts forward and read's gradient, then each sample forward and both its gradients
+        flops += 2 * m * (i * o + 2 * i * c + samples * (3 * c * o + 2 * rest)) + 6 * i * c * o + 13 * m * c * hidden
     parameters = sum(c * (i + o + 3 * hidden + 1) for i, o in shapes)
     return Workload(
         op="decomposition_step",
@@ -388,8 +390,8 @@ def _step(
         reference=training_step(lambda *t: einsums(True, *t), trained=6 * sites),
         ours=training_step(ours, trained=6 * sites),
         baselines={"eager": first_given},
-        flops=4 * products,
-        bytes=4 * (m * sum(sizes) + 2 * parameters + sum(i * o for i, o in shapes)),
+        flops=flops,
+        bytes=4 * (m * sizes[0] + sum(i * o for i, o in shapes) + 2 * parameters + 2),
     )
 
 

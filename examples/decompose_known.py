@@ -25,6 +25,7 @@ import bilinear_ops as bo
 
 SAMPLES = 1
 WARM_UP = 200  # steps of faithfulness alone
+CLOSED = -1.0  # first logit: where gates begin open, one component often takes two opposite features
 ACTIVE = 0.1  # a component counts as active where its gate is above
 
 
@@ -51,7 +52,7 @@ class Setting(NamedTuple):
     hidden: int = 16  # units of a gate network
 
 
-TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 3000, 2e-3, 3e-3, hidden=8)}
+TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 2500, 5e-3, 3e-3, hidden=8)}
 PLANTED = Setting(16, 8, 16, 0.1, 1000, 1e-2, 1e-2)  # dimensions is the number of terms
 
 
@@ -123,6 +124,8 @@ def decompose_toy(name: str, setting: Setting, seed: int) -> Recovery:
         faithfulness().backward()
         optimizer.step()
     gates = torch.nn.ModuleList([bo.nn.Gates(0, c, setting.hidden) for _ in range(2)])
+    for network in gates:
+        torch.nn.init.constant_(network.b2, CLOSED)
     optimizer = torch.optim.Adam([*components, *gates.parameters()], lr=setting.rate)
     rates = schedule(optimizer, setting.steps)
     options = {"samples": SAMPLES, "delta": "uniform"}

@@ -116,6 +116,30 @@ def llama(workload: Workload) -> int:
     return by("eager")(workload) + layers * 6 * m * m * d
 
 
+def step(workload: Workload) -> int:
+    """Forward: the model, acts, every sample and what follows it. Backward: of what follows, write, gates and read."""
+    m, c, samples, hidden, *_ = workload.shape.values()
+    *trained, one = workload.inputs(0)
+    x, *weights = trained[-4:]
+    total = 0
+    for i, weight in enumerate(weights):
+        read, write = trained[6 * i : 6 * i + 2]
+        x = x if i == 0 else x.new_zeros(m, len(read))
+        acts, y = x @ read, x @ weight.t()
+
+        def sample(y: Tensor = y, acts: Tensor = acts, write: Tensor = write, i: int = i) -> None:
+            for w in weights[i + 1 :]:
+                y = y @ w.t()
+                y @ w
+            acts @ write
+            acts.t() @ (acts @ write)
+
+        total += counted(lambda x=x, read=read, w=weight, acts=acts: [x @ read, x @ w.t(), x.t() @ acts])
+        total += samples * counted(sample)
+        total += 3 * counted(lambda read=read, write=write: read @ write) + 13 * m * c * hidden
+    return total
+
+
 FLOPS: dict[str, Callable[[Workload], int]] = {
     "gated_mlp": by("eager"),
     "GatedMLP": by("eager"),
@@ -132,6 +156,7 @@ FLOPS: dict[str, Callable[[Workload], int]] = {
     "rank1_accumulate": by("eager"),
     "component_gates": networks,
     "llama": llama,
+    "decomposition_step": step,
 }
 
 
