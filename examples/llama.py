@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     steps: int  # of the training, and again of each way on
 
 
-FULL = Sizes([0, 1, 2], None, 1024, 64, 256, 2, 64, 16, 600)
+FULL = Sizes([0, 1, 2], None, 1024, 64, 256, 2, 64, 8, 300)
 QUICK = Sizes([0], 40, 128, 32, 64, 2, 16, 4, 20)
 
 
@@ -87,7 +87,9 @@ def one(sizes: Sizes, seed: int) -> dict[str, Any]:
             name: [spectrum(model, layer) for layer in range(sizes.layers)]
             for name, model in (("random", random), ("swiglu", swiglu), ("bilinear", bilinear))
         },
-        "similarity": [layer_similarity(weights(swiglu, n), weights(bilinear, n)).item() for n in range(sizes.layers)],
+        "similarity": [
+            layer_similarity(*weights(swiglu, n), *weights(bilinear, n)).item() for n in range(sizes.layers)
+        ],
     }
     print(f"seed {seed}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in found["loss"].items()), flush=True)
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers_models import DENSE, add_hook, build, calls, mlp, results, tokens
 
-from bilinear_ops.integrations.transformers import apply, bilinearise, gated_weights
+from bilinear_ops.integrations.transformers import Bilinearisation, apply, bilinearise, gated_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -102,11 +102,11 @@ def test_the_library_trains_it(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in ids.repeat(20, 1)]
     seen: list[float] = []
 
-    def trainer(model: nn.Module, **options) -> Trainer:
-        annealing = bilinearise(model, fraction=0.5)
+    def trainer(model: nn.Module, fraction: float = 0.5, **options) -> tuple[Trainer, Bilinearisation]:
+        annealing = bilinearise(model, fraction=fraction)
         mlp(model).act_fn.register_forward_pre_hook(lambda m, args: seen.append(round(m.beta.item(), 4)))
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=8, per_device_train_batch_size=2, report_to=[], use_cpu=True, **options
+            str(tmp_path), **{"max_steps": 8, **options}, per_device_train_batch_size=2, report_to=[], use_cpu=True
         )
         return Trainer(model, arguments, train_dataset=data, callbacks=[annealing.trainer_callback()]), annealing
 
@@ -122,6 +122,9 @@ def test_the_library_trains_it(tmp_path):
     assert seen == [0.25, 0.0, 0.0, 0.0, 0.0]
     torch.testing.assert_close(again(ids).logits, expected)
     torch.testing.assert_close(annealing.fold()(ids).logits, expected)
+    training, annealing = trainer(build("llama"), fraction=1.0, max_steps=2)
+    training.train()
+    assert annealing.beta == 0  # after the last step
 
 
 def test_what_is_refused_stays_as_it_was():
