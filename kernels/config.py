@@ -146,8 +146,8 @@ KERNELS = {
         pointers={LIBRARY: "as the forward"},
         fp32={
             "sm_90": {
-                Tile(128, 128, 32, 8, 3, blocks_per_sm=2, registers=128): Compiled(
-                    "sm_90 gated_backward_kernel [float32 128x128x32 aligned]", "resident", 2
+                Tile(128, 128, 32, 8, 3): Compiled(
+                    "sm_90 gated_backward_kernel [float32 128x128x32 aligned]", "resident", 1
                 )
             },
             "sm_100": {
@@ -324,10 +324,10 @@ def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) 
         return (record.interpreted,)
     arch = TWINS.get(arch, arch)
     row = record.tiles.get(arch) or record.tiles["any"]
-    if record.pointers and has_descriptors(arch) and not descriptors:
-        row = record.pointers
     if dtype == torch.float32:
         row = record.fp32.get(arch, row)
+    if record.pointers and has_descriptors(arch) and not descriptors:
+        row = record.pointers
     if record.roles and descriptors and warp_specialized(arch):  # one block hides its own epilogue
         row = {t and replace(t, blocks_per_sm=1, registers=0): reason for t, reason in row.items()}
     return tuple(t for t in row if fits(kernel, arch, dtype, t)) or (LIBRARY,)
