@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint static clean
+.PHONY: demo test bench lint static static-old clean
 
 demo: .venv/installed
 	$(BIN)/python -m bilinear_ops demo
@@ -16,6 +16,10 @@ bench: .venv/installed
 static: .venv/installed
 	$(BIN)/python -m bench.static
 
+# The oldest Triton that is supported; CI checks the newest alone.
+static-old: .venv-old/installed
+	.venv-old/bin/python -m bench.static
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,5 +30,11 @@ lint: .venv/installed
 	$(BIN)/pip install -c constraints.txt -e ".[test,demo,plots,transformers]"
 	touch $@
 
+.venv-old/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip install -c constraints.txt -e .
+	.venv-old/bin/pip install --no-deps "triton==3.6.0" "numpy<2.4"
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-old build dist *.egg-info

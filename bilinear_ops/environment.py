@@ -20,6 +20,7 @@ from bilinear_ops.rank1 import masked
 VARIABLES = (
     "BILINEAR_OPS_CACHE_DIR",
     "BILINEAR_OPS_TUNE",
+    "BILINEAR_OPS_WARP_SPECIALIZE",
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",

@@ -5,9 +5,11 @@ the cited figures up.
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 
 import torch
+import triton
 
 from bilinear_ops.kernels.records import (
     LIBRARY,
@@ -100,6 +102,7 @@ KERNELS = {
             }
         },
         accurate=False,
+        roles=True,
         operands=2,
         candidates=(*GEMM_TILES, LIBRARY),
         rejected=(
@@ -124,7 +127,7 @@ KERNELS = {
                 )
             },
             "sm_100": {
-                Tile(128, 128, 64, 8, 3): Compiled(
+                Tile(128, 128, 64, 8, 3, blocks_per_sm=2, registers=128): Compiled(
                     "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 168
                 )
             },
@@ -143,8 +146,8 @@ KERNELS = {
         pointers={LIBRARY: "as the forward"},
         fp32={
             "sm_90": {
-                Tile(128, 128, 32, 8, 3, blocks_per_sm=2, registers=128): Compiled(
-                    "sm_90 gated_backward_kernel [float32 128x128x32 aligned]", "resident", 2
+                Tile(128, 128, 32, 8, 3): Compiled(
+                    "sm_90 gated_backward_kernel [float32 128x128x32 aligned]", "resident", 1
                 )
             },
             "sm_100": {
@@ -154,6 +157,7 @@ KERNELS = {
             },
         },
         accurate=False,
+        roles=True,
         operands=1,
         candidates=(*GEMM_TILES, Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), LIBRARY),
         rejected=(
@@ -320,10 +324,12 @@ def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) 
         return (record.interpreted,)
     arch = TWINS.get(arch, arch)
     row = record.tiles.get(arch) or record.tiles["any"]
-    if record.pointers and has_descriptors(arch) and not descriptors:
-        row = record.pointers
     if dtype == torch.float32:
         row = record.fp32.get(arch, row)
+    if record.pointers and has_descriptors(arch) and not descriptors:
+        row = record.pointers
+    if record.roles and descriptors and warp_specialized(arch):  # one block hides its own epilogue
+        row = {t and replace(t, blocks_per_sm=1, registers=0): reason for t, reason in row.items()}
     return tuple(t for t in row if fits(kernel, arch, dtype, t)) or (LIBRARY,)
 
 
@@ -420,9 +426,10 @@ def has_descriptors(arch: str) -> bool:
 def warp_specialized(arch: str) -> bool:
     """Whether warps of their own load, multiply and store; BILINEAR_OPS_WARP_SPECIALIZE=0 turns that off.
 
-    By the compiler's flag, which sm_90 does not compile.
+    By the compiler's flag, which compiles these kernels for sm_100 alone, and from Triton 3.9 on: 3.6 crashes.
     """
-    return arch == "sm_100" and os.environ.get("BILINEAR_OPS_WARP_SPECIALIZE", "1") != "0"
+    recent = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    return arch == "sm_100" and recent and os.environ.get("BILINEAR_OPS_WARP_SPECIALIZE", "1") != "0"
 
 
 @cache

@@ -18,6 +18,7 @@ from bilinear_ops.kernels.activation import gate_grad_beta, gate_with_grad
 from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.kernels.tile import (
     column_eighths,
+    column_quarters,
     grouped,
     in_one_layout,
     load_halves,
@@ -27,7 +28,7 @@ from bilinear_ops.kernels.tile import (
 )
 from bilinear_ops.results import Gate
 
-SUBTILES = tl.constexpr(8)  # of the fused backward's epilogue: column_eighths
+SUBTILES = tl.constexpr(8)  # of the fused backward's epilogue through descriptors: column_eighths
 
 
 @triton.jit
@@ -113,11 +114,13 @@ def gated_backward_kernel(
             b_dy = load_tile(dy, stride_ym, stride_yo, m, o, M, O, BLOCK_M, BLOCK_O, DESCRIPTOR)
             b_p = load_tile(p, stride_po, stride_ph, o, h, O, H, BLOCK_O, BLOCK_H, DESCRIPTOR)
             dhid = tl.dot(b_dy, b_p, dhid, input_precision=PRECISION)
-        parts = column_eighths(dhid)  # fewer live registers in the epilogue
+        # fewer live registers in the epilogue; through pointers, fewer and wider accesses
+        parts = column_eighths(dhid) if DESCRIPTOR else column_quarters(dhid)
+        COLUMNS: tl.constexpr = parts[0].shape[1]
         dbeta = tl.zeros((BLOCK_M,), tl.float32)
-        for i in tl.static_range(SUBTILES):
-            column = h + i * (BLOCK_H // SUBTILES)
-            b_a, b_z = load_halves(az, stride_am, m, column, M, H, BLOCK_M, BLOCK_H // SUBTILES, DESCRIPTOR)
+        for i in tl.static_range(BLOCK_H // COLUMNS):
+            column = h + i * COLUMNS
+            b_a, b_z = load_halves(az, stride_am, m, column, M, H, BLOCK_M, COLUMNS, DESCRIPTOR)
             part, b_a, b_z = in_one_layout(parts[i], b_a.to(tl.float32), b_z.to(tl.float32))
             b_hid, by_a, by_z = gate_with_grad(b_a, b_z, beta, limit, offset, ACTIVATION)
             store_halves(dadz, stride_am, m, column, M, H, part * by_a, part * by_z, DESCRIPTOR)

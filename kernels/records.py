@@ -128,9 +128,10 @@ class Kernel:
     Attributes:
         tiles: a row per architecture; the row "any" serves all others.
         interpreted: the tile in Triton's interpreter, where time is the number of programs.
-        pointers: replaces `tiles` on architectures with descriptors, for layouts that descriptors cannot take.
-        fp32: replaces both for fp32 operands, by architecture.
+        fp32: replaces `tiles` for fp32 operands, by architecture.
+        pointers: replaces both on architectures with descriptors, for layouts that descriptors cannot take.
         accurate: whether fp32 operands are ours when TF32 is off; else they are left to the library.
+        roles: whether its loop over tiles can have warps of their own for loads, products and the epilogue.
         operands: the [block_n, block_k] operands of a pipeline stage, beside one [block_m, block_k]; None if every
             tile is known to fit.
         candidates: what tuning and `python -m bench --gpu` measure beside the row. Spills do not exclude a candidate:
@@ -143,6 +144,7 @@ class Kernel:
     pointers: Row = field(default_factory=dict)
     fp32: Mapping[str, Row] = field(default_factory=dict)
     accurate: bool = True
+    roles: bool = False
     operands: int | None = None
     candidates: tuple[Choice, ...] = ()
     rejected: tuple[Rejected, ...] = ()

@@ -72,6 +72,8 @@ class Walk:
     def value(self, node, names):
         """What a value may share storage with."""
         match node:
+            case ast.Name(id="tl"):
+                return set()  # a module: what its functions return is told apart below
             case ast.Name(id=name):
                 return names.get(name, {name})
             case ast.Call(func=ast.Attribute(attr=name), args=args, keywords=keywords) if name.startswith("dot"):

@@ -175,6 +175,9 @@ def test_programs_of_a_grid(monkeypatch):
 
 def test_warps_are_specialised_on_one_architecture_unless_switched_off(monkeypatch):
     monkeypatch.delenv("BILINEAR_OPS_WARP_SPECIALIZE", raising=False)
+    monkeypatch.setattr(config.triton, "__version__", "3.6.0")
+    assert not config.warp_specialized("sm_100")
+    monkeypatch.setattr(config.triton, "__version__", "3.10.0+git1")
     assert [arch for arch in config.SHARED_MEMORY if config.warp_specialized(arch)] == ["sm_100"]
     monkeypatch.setenv("BILINEAR_OPS_WARP_SPECIALIZE", "0")
     assert not config.warp_specialized("sm_100")

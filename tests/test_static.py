@@ -48,7 +48,7 @@ NARROW = BROKEN_SOURCE.format(right=SIGNATURE, broken=SIGNATURE.replace("jit", "
 STORED = "gate_of_tile(b_a, b_z, beta, limit, offset, ACTIVATION), False"
 TWO_EXPONENTIALS = BROKEN_SOURCE.format(right=STORED, broken=STORED.replace(", False", " * tl.exp(b_a), False"))
 ONE_BLOCK = """
-config.KERNELS["gated_forward_kernel"].tiles["sm_90"] = {config.Tile(128, 64, 64, 4, 3): "as a test"}
+config.KERNELS["gated_backward_kernel"].tiles["sm_90"] = {config.Tile(64, 64, 64, 4, 4): "as a test"}
 """
 
 
@@ -83,8 +83,8 @@ config.KERNELS["gated_forward_kernel"].tiles["sm_90"] = {config.Tile(128, 64, 64
         (
             ONE_BLOCK,
             "sm_90",
-            "gated_forward_kernel",
-            r"\[bfloat16 128x2x64x64 aligned\]: 132 programs on 132 multiprocessors for 1024 tiles, where each holds 2",
+            "gated_backward_kernel",
+            r"\[bfloat16 64x64x64 aligned\]: 132 programs on 132 multiprocessors for 2048 tiles, where each holds 3",
         ),
     ),
     ids=("spills", "no evidence", "narrow stores", "two exponentials", "one block"),

@@ -22,7 +22,6 @@ class Known:
 
 
 KNOWN = (
-    Known("spills", r"sm_80 gate_backward_kernel \[bfloat16 alone, gelu_tanh\]", "4 instructions, of the 64 x 64 tile"),
     Known(
         "stores",
         r"\S+ interaction_(direction|pairs)_kernel \[b?float16 K=\d+ full\]",
