@@ -36,6 +36,7 @@ SHAPES = {  # (tokens, d, h)
     ("cuda", "quick"): [(4096, 512, 2048)],
     ("cuda", "full"): [(16384, d, h) for d, h in ((512, 2048), (768, 3072), (1024, 4096), (2048, 5632), (4096, 11008))],
 }
+SMALL = (8, 16, 24)  # where a call costs more than its arithmetic
 CASES = (("identity", 1.0), ("silu", 1.0), ("swish", 0.5))
 ALL_CASES = (*CASES, ("relu", 1.0), ("gelu", 1.0), ("sigmoid", 1.0), ("gelu_tanh", 1.0))
 
@@ -46,6 +47,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
         for activation, beta in ALL_CASES if size == "full" and shape == shapes[0] else CASES:
             for backward in (False, True):
                 yield _mlp(device, size, impl, shape, activation, beta, backward, _dtype(device))
+    if device.type == "cpu" and impl != "triton":
+        yield _mlp(device, "quick", impl, SMALL, "silu", 1.0, False, torch.float32)
+        yield _module(device, *SMALL)
     if device.type == "cuda":
         for dtype in (torch.float16, torch.float32):
             for shape in shapes[:2]:
@@ -113,6 +117,52 @@ def _mlp(
         variants={"recompute": ours(recompute=True)} if backward else {},
         bounds={"matmuls": _matmuls},
     )
+
+
+def _module(device: torch.device, m: int, d: int, h: int) -> Workload:
+    """Inference of the module against a module of three Linears, calls and attributes included."""
+
+    def of(build: Callable[..., torch.nn.Module]) -> Contender:
+        def contender(x: Tensor, *weights: Tensor) -> Run:
+            module = build(*(torch.nn.Parameter(t) for t in weights))
+
+            def run() -> Tensors:
+                with torch.inference_mode():
+                    return (module(x),)
+
+            return run
+
+        return contender
+
+    def fused(w: torch.nn.Parameter, v: torch.nn.Parameter, p: torch.nn.Parameter) -> torch.nn.Module:
+        layer = bo.nn.GatedMLP(w.shape[1], w.shape[0], activation="silu", dtype=w.dtype)
+        layer.w, layer.v, layer.p = w, v, p
+        return layer
+
+    return Workload(
+        op="GatedMLP",
+        case="small, inference",
+        shape={"m": m, "d": d, "h": h},
+        dtype=torch.float32,
+        inputs=draw(device, torch.float32, ((m, d), 1.0), ((h, d), d**-0.5), ((h, d), d**-0.5), ((d, h), h**-0.5)),
+        reference=forward(lambda x, w, v, p: bo.reference.gated_mlp(x, w, v, p, activation="silu")),
+        ours=of(fused),
+        baselines={"eager": of(_ThreeLinears)},
+        flops=6 * m * d * h,
+        bytes=4 * (2 * m * d + 3 * h * d),
+    )
+
+
+class _ThreeLinears(torch.nn.Module):
+    def __init__(self, *weights: torch.nn.Parameter):
+        super().__init__()
+        self.up, self.gate, self.down = (
+            torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights
+        )
+        self.up.weight, self.gate.weight, self.down.weight = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * F.silu(self.gate(x)))
 
 
 def _pack(x: Tensor, w: Tensor, v: Tensor, *rest: Tensor) -> Tensors:

@@ -27,6 +27,8 @@ RANKINGS = {  # (outputs, d, h, features)
     ("cuda", "full"): (2048, 512, 1024, 2048),
 }
 STRONGEST = 100
+SMALL = ((4, 32, 64), (32, 32, 128))  # (outputs, d, h) where calls cost more than arithmetic
+SMALL_STRONGEST = 10
 EIGENPAIRS = {  # (tokens, outputs, rank, d, active outputs of a token)
     "tiny": [(33, 40, 5, 24, 3)],
     "quick": [(128, 512, 16, 128, 8)],
@@ -51,6 +53,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     yield _ranking(device, impl, *RANKINGS[device.type, size])
     if impl == "triton":
         return  # the rest are library calls
+    if device.type == "cpu":
+        for small in SMALL:
+            yield _small_ranking(device, *small)
     for tokens, outputs, rank, d, active in EIGENPAIRS[size][: None if device.type == "cuda" else 1]:
         yield _eigenpairs(device, tokens, outputs, rank, d, active)
     for outputs, d, h, n in SPECTRA[size]:
@@ -163,6 +168,34 @@ def _ranking(device: torch.device, impl: str, outputs: int, d: int, h: int, feat
         # per output the matrix, then its feature pairs, in the cheapest order of products
         flops=2 * outputs * min(d * d * h + d * d * features + d * features * features // 2, features * features * h),
         bytes=4 * (2 * h * d + outputs * h + d * features) + (4 + 3 * 8) * STRONGEST,  # values, and indices i, j, k
+    )
+
+
+def _small_ranking(device: torch.device, outputs: int, d: int, h: int) -> Workload:
+    n = SMALL_STRONGEST
+
+    def formula(w: Tensor, v: Tensor, c: Tensor) -> bo.TopInteractions:
+        q = torch.einsum("kh,hi,hj->kij", c, w, v)
+        q = (q + q.mT).triu(1).flatten(1)
+        place = q.abs().topk(n).indices
+        k = torch.arange(outputs, device=device)[:, None].expand(outputs, n)
+        return bo.TopInteractions(q.gather(1, place), k, place // d, place % d)
+
+    def ranked(topk: Callable[..., bo.TopInteractions]) -> Contender:
+        """Magnitudes: near-ties may swap indices between precisions."""
+        return forward(lambda w, v, c: topk(w, v, c).values.abs())
+
+    return Workload(
+        op="interaction_topk",
+        case=f"small, {n} of each",
+        shape={"K": outputs, "d": d, "h": h},
+        dtype=torch.float32,
+        inputs=draw(device, torch.float32, ((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5)),
+        reference=ranked(lambda w, v, c: bo.reference.interaction_topk(w, v, c, n)),
+        ours=ranked(lambda w, v, c: bo.interaction_topk(w, v, c, n)),
+        baselines={"eager": ranked(formula)},
+        flops=2 * outputs * d * d * h,
+        bytes=4 * (2 * h * d + outputs * h) + (4 + 3 * 8) * outputs * n,  # values, and indices i, j, k
     )
 
 

@@ -1,12 +1,14 @@
-"""Rank-1 subcomponents against eager code: stochastic masks, sparse gates at several densities, accumulated weights."""
+"""Rank-1 subcomponents against eager code: stochastic masks, sparse gates, accumulated weights, a whole step."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear, mse_loss
 
 import bilinear_ops as bo
 from bench.harness.workload import (
@@ -30,6 +32,11 @@ SHAPES = {  # (tokens, d_in, d_out, C)
     ("cuda", "quick"): [(4096, 768, 3072, 3072)],
     ("cuda", "full"): [(m, *layer) for m in (4096, 32768) for layer in ((768, 3072, 3072), (3072, 768, 3584))],
 }
+SMALL = {  # where calls cost more than arithmetic, and one sample of few tokens
+    "tiny": [(1024, 5, 2, 20)],
+    "quick": [(1024, 5, 2, 20)],
+    "full": [(1024, 5, 2, 20), (2048, 512, 512, 1024)],
+}
 SAMPLES = {"tiny": (2,), "quick": (4,), "full": (1, 4)}
 DENSITIES = {"tiny": (0.05, 0.25), "quick": (0.01, 0.05), "full": (0.0025, 0.005, 0.01, 0.02, 0.05)}
 ACCUMULATED = {  # (samples, rows, d_out, d_in, C)
@@ -45,6 +52,15 @@ GATES = {  # (tokens, C, hidden units of each gate network)
     ("cuda", "quick"): (4096, 768, 16),
     ("cuda", "full"): (32768, 3072, 16),
 }
+STEPS = {  # (tokens, sizes of the hidden states between the sites, C, samples, hidden units of a gate network)
+    ("cpu", "tiny"): (33, (8, 24, 8, 12), 16, 2, 5),
+    ("cpu", "quick"): (256, (64, 256, 64, 64), 128, 4, 16),
+    ("cpu", "full"): (2048, (256, 1024, 256, 256), 512, 4, 16),
+    ("cuda", "tiny"): (33, (8, 24, 8, 12), 16, 2, 5),
+    ("cuda", "quick"): (2048, (256, 1024, 256, 256), 512, 4, 16),
+    ("cuda", "full"): (16384, (768, 3072, 768, 768), 3072, 4, 16),
+}
+MINIMALITY = {"coefficient": 1e-3, "pnorm": 2.0}
 SEED = 1
 Drawn = tuple[Tensor, Tensor]  # uniforms of masks and deltas: [S, M, C] and [S, M]
 
@@ -55,6 +71,9 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     for shape in shapes:
         for samples in SAMPLES[size]:
             yield _stochastic(device, size, impl, dtype, *shape, samples)
+    if device.type == "cpu" and impl != "triton":
+        for shape in SMALL[size]:
+            yield _masks_alone(device, dtype, *shape)
     for shape in shapes[:2]:
         for density in DENSITIES[size]:
             for backward in (False, True):
@@ -62,6 +81,7 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
     if impl != "triton":  # library calls only
         yield _accumulate(device, *ACCUMULATED[size])
         yield _gates(device, *GATES[device.type, size])
+    yield _step(device, impl, *STEPS[device.type, size])
 
 
 def _stochastic(
@@ -108,9 +128,44 @@ def _stochastic(
     )
 
 
-def _drawn_by_ours(gates: Tensor, samples: int) -> Drawn:
-    r = bo.stochastic_mask(torch.zeros_like(gates), samples=samples, seed=SEED, impl="torch")  # 0 + (1 - 0) r
-    delta = bo.stochastic_delta(gates.shape[:1], samples=samples, seed=SEED, device=gates.device, impl="torch")
+def _masks_alone(device: torch.device, dtype: torch.dtype, m: int, d_in: int, d_out: int, c: int) -> Workload:
+    """A training step of read, write and gates under one sample of masks, without the original weight."""
+
+    def inputs(seed: int) -> Tensors:
+        tensors = ((d_in, c), d_in**-0.5), ((c, d_out), c**-0.5), ((m, d_in), 1.0), ((m, d_out), 1.0)
+        read, write, x, dy = draw(device, dtype, *tensors)(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return read, write, torch.rand(m, c, generator=generator, device=device), x, dy
+
+    def under(op: Callable[..., Tensor]) -> Contender:
+        return training_step(lambda read, write, gates, x: op(x, read, write, gates, seed=SEED)[0], trained=3)
+
+    def eager(*tensors: Tensor) -> Callable[[], Tensors]:
+        given = [bo.stochastic_mask(torch.zeros_like(tensors[2]), seed=SEED)[0]]  # of the first run, which is checked
+
+        def fn(read: Tensor, write: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+            r = given.pop() if given else torch.rand_like(gates)
+            return (x @ read * (gates + (1 - gates) * r)) @ write
+
+        return training_step(fn, trained=3)(*tensors)
+
+    return Workload(
+        op="stochastic_rank1_linear",
+        case="masks alone, step",
+        shape={"m": m, "i": d_in, "o": d_out, "C": c, "S": 1},
+        dtype=dtype,
+        inputs=inputs,
+        reference=under(bo.reference.stochastic_rank1_linear),
+        ours=under(bo.stochastic_rank1_linear),
+        baselines={"eager": eager},
+        flops=2 * m * c * (2 * d_in + 3 * d_out),
+        bytes=(m * d_in + 2 * c * (d_in + d_out) + 2 * m * d_out) * dtype.itemsize + 2 * 4 * m * c,
+    )
+
+
+def _drawn_by_ours(gates: Tensor, samples: int, seed: int = SEED) -> Drawn:
+    r = bo.stochastic_mask(torch.zeros_like(gates), samples=samples, seed=seed, impl="torch")  # 0 + (1 - 0) r
+    delta = bo.stochastic_delta(gates.shape[:1], samples=samples, seed=seed, device=gates.device, impl="torch")
     return r, delta.to(r.dtype)
 
 
@@ -223,11 +278,12 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
     )
 
 
-def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
-    def einsum(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        units = torch.nn.functional.gelu(torch.einsum("mc,ch->mch", acts, w1) + b1)
-        return torch.einsum("mch,ch->mc", units, w2) + b2
+def _einsum_gates(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    units = gelu(torch.einsum("mc,ch->mch", acts, w1) + b1)
+    return torch.einsum("mch,ch->mc", units, w2) + b2
 
+
+def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
     weights = (((c, hidden), 1.0),) * 3
     return Workload(
         op="component_gates",
@@ -235,12 +291,111 @@ def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
         shape={"m": m, "C": c, "H": hidden},
         dtype=torch.float32,
         inputs=draw(device, torch.float32, ((m, c), 1.0), *weights, ((c,), 1.0), ((m, c), 1.0)),
-        reference=training_step(einsum),  # torch.compile's form of it sums the gradients too inaccurately to compare
+        # torch.compile's form of it sums the gradients too inaccurately to compare
+        reference=training_step(_einsum_gates),
         ours=training_step(bo.component_gates),
-        baselines={"eager": training_step(einsum)},
+        baselines={"eager": training_step(_einsum_gates)},
         flops=13 * m * c * hidden,
         bytes=4 * (4 * m * c + 6 * c * hidden + 2 * c),
     )
+
+
+def _step(
+    device: torch.device, impl: str, m: int, sizes: tuple[int, ...], c: int, samples: int, hidden: int
+) -> Workload:
+    """A step of a decomposition: gates of all sites, reconstruction with one site replaced at a time, both losses.
+
+    The model is a chain of linear maps with gelu between them. Trained are read, write and gate network of each site.
+    """
+    shapes = tuple(itertools.pairwise(sizes))
+    sites = len(shapes)
+
+    def inputs(seed: int) -> Tensors:
+        trained = [
+            (shape, scale)
+            for i, o in shapes
+            for shape, scale in (
+                ((i, c), i**-0.5), ((c, o), c**-0.5), ((c, hidden), 1.0), ((c, hidden), 1.0), ((c, hidden), 0.25),
+                ((c,), 0.5),
+            )
+        ]  # fmt: skip
+        frozen = [((m, sizes[0]), 1.0), *(((o, i), 2 * i**-0.5) for i, o in shapes)]
+        return *draw(device, torch.float32, *trained, *frozen)(seed), torch.ones((), device=device)
+
+    def loss(
+        network: Callable[..., Tensor],
+        site_outputs: Callable[..., Tensor],
+        faithfulness: Callable[..., Tensor],
+        *operands: Tensor,
+    ) -> Tensor:
+        x, *weights = operands[6 * sites :]
+        components = [operands[6 * i : 6 * i + 6] for i in range(sites)]
+        site_inputs = [x]
+        for weight in weights[:-1]:
+            site_inputs.append(gelu(linear(site_inputs[-1], weight)))
+        target = linear(site_inputs[-1], weights[-1])
+        total = faithfulness([(w, read, write) for w, (read, write, *_) in zip(weights, components, strict=True)])
+        for i, (read, write, *net) in enumerate(components):
+            acts = site_inputs[i] @ read
+            logits = network(acts, *net)
+            y = site_outputs(i, site_inputs[i], acts, read, write, bo.lower_leaky_hard_sigmoid(logits), weights[i])
+            for weight in weights[i + 1 :]:
+                y = linear(gelu(y), weight)
+            importances = bo.upper_leaky_hard_sigmoid(logits)
+            minimality = bo.importance_minimality(importances, pnorm=MINIMALITY["pnorm"]).sum()
+            total = total + mse_loss(y, target.expand_as(y)) + MINIMALITY["coefficient"] * minimality
+        return total
+
+    def ours(*operands: Tensor) -> Tensor:
+        def outputs(
+            i: int, x: Tensor, acts: Tensor, read: Tensor, write: Tensor, gates: Tensor, weight: Tensor
+        ) -> Tensor:
+            return bo.stochastic_rank1_linear(
+                x, read, write, gates, samples=samples, seed=SEED + i, acts=acts, weight=weight, delta="uniform",
+                impl=impl,
+            )  # fmt: skip
+
+        return loss(bo.component_gates, outputs, bo.pooled_faithfulness_loss, *operands)
+
+    def einsums(given: bool, *operands: Tensor) -> Tensor:
+        def outputs(
+            i: int, x: Tensor, acts: Tensor, read: Tensor, write: Tensor, gates: Tensor, weight: Tensor
+        ) -> Tensor:
+            if given:
+                r, delta = _drawn_by_ours(gates, samples, SEED + i)
+            else:
+                r, delta = (torch.rand(samples, *t.shape, device=t.device) for t in (gates, gates[:, 0]))
+            rest = x @ weight.t() - acts @ write
+            kept = torch.einsum("smc,co->smo", acts * (gates + (1 - gates) * r), write)
+            return kept + delta[..., None] * rest
+
+        return loss(_einsum_gates, outputs, _einsum_faithfulness, *operands)
+
+    def first_given(*inputs: Tensor) -> Callable[[], Tensors]:
+        given = [True]
+        return training_step(lambda *t: einsums(bool(given and given.pop()), *t), trained=6 * sites)(*inputs)
+
+    products = sum(2 * m * (i + samples * o) * c + samples * m * sum(
+        a * b for a, b in itertools.pairwise(sizes[n + 1 :])
+    ) for n, (i, o) in enumerate(shapes))  # fmt: skip
+    parameters = sum(c * (i + o + 3 * hidden + 1) for i, o in shapes)
+    return Workload(
+        op="decomposition_step",
+        case=f"{sites} sites",
+        shape={"m": m, "C": c, "S": samples, "H": hidden} | {f"d{n}": d for n, d in enumerate(sizes)},
+        dtype=torch.float32,
+        inputs=inputs,
+        reference=training_step(lambda *t: einsums(True, *t), trained=6 * sites),
+        ours=training_step(ours, trained=6 * sites),
+        baselines={"eager": first_given},
+        flops=4 * products,
+        bytes=4 * (m * sum(sizes) + 2 * parameters + sum(i * o for i, o in shapes)),
+    )
+
+
+def _einsum_faithfulness(layers: list[Tensors]) -> Tensor:
+    differences = [weight - torch.einsum("ic,co->oi", read, write) for weight, read, write in layers]
+    return sum(d.square().sum() for d in differences) / sum(d.numel() for d in differences)  # type: ignore[return-value]
 
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:

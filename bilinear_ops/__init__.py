@@ -1,6 +1,6 @@
 """Gated bilinear layers, interaction tensors and rank-1 subcomponents: fast, exact, differentiable."""
 
-from bilinear_ops import analysis, gates, init, integrations, nn, plots, reference
+from bilinear_ops import _checkout, analysis, gates, init, integrations, nn, plots, reference
 from bilinear_ops.gated import gate, gated_bilinear, gated_mlp
 from bilinear_ops.interaction import (
     active_interactions,
@@ -37,6 +37,8 @@ from bilinear_ops.rank1 import (
 )
 from bilinear_ops.results import ActiveInteractions, Directions, InteractionMoments, TopInteractions
 from bilinear_ops.tuning import warmup
+
+_checkout.find_kernels()
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -12,19 +13,21 @@ from bilinear_ops._impl import needs_reference
 from bilinear_ops.results import SAMPLINGS, Directions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DENSE = (torch.strided,)
+OR_JAGGED = (torch.strided, torch.jagged)
 
 
-def check(**arguments: tuple[object, str]) -> dict[str, int]:
+def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[object, str]) -> dict[str, int]:
     """Check types, dtypes, devices and shapes of an op's tensors before any work; returns the named sizes.
 
     Each argument is given as `(tensor, axes)`. Axes are names, bound to sizes from left to right over all arguments:
     `check(x=(x, "... d"), w=(w, "h d"), b=(b, "? h"))`. A leading `...` stands for any leading dimensions, a leading
-    `?` allows None. All tensors share the dtype and the device of the first one.
+    `?` allows None. All tensors share the dtype and the device of the first one, and have one of the layouts.
 
-    Raises TypeError for a non-tensor or an unsupported dtype, RuntimeError for a mismatched dtype, device or shape.
+    Raises TypeError for a non-tensor or an unsupported dtype or layout, RuntimeError for a mismatched dtype, device or
+    shape.
     """
     sizes: dict[str, int] = {}
-    owner: dict[str, str] = {}  # which argument a size is that of
     first: Tensor | None = None
     first_name = ""
     for name, (t, spec) in arguments.items():
@@ -37,34 +40,53 @@ def check(**arguments: tuple[object, str]) -> dict[str, int]:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if t.layout not in layouts or t.is_nested and t.layout == torch.strided:
+            nested = "nested, " if t.is_nested else ""
+            raise TypeError(f"{name} must be a dense tensor, got {nested}{t.layout}")
         if first is None:
             first, first_name = t, name
         if t.dtype != first.dtype:
             raise RuntimeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
         if t.device != first.device:
             raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
-        shape: tuple[int, ...] = tuple(t.shape)
+        shape = t.shape
         if axes[0] == "...":
             axes = axes[1:]
             shape = shape[max(len(shape) - len(axes), 0) :]
-        bound = dict(sizes)
-        if len(shape) != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
-            named = (f"{axis}={bound[axis]}" if axis in bound else axis for axis in spec.lstrip("? ").split())
-            origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
-            raise RuntimeError(f"{name} must have shape [{', '.join(named)}], got {list(t.shape)}{origin}")
-        for axis in axes:
-            owner.setdefault(axis, name)
+        fits = len(shape) == len(axes)
+        for axis, n in zip(axes, shape, strict=False):
+            fits = fits and sizes.setdefault(axis, n) == n
+        if not fits:
+            raise RuntimeError(_mismatch(name, t, arguments))
     return sizes
+
+
+def _mismatch(name: str, t: Tensor, arguments: dict[str, tuple[object, str]]) -> str:
+    """What the shape of an argument should be, and which arguments before it say so."""
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for other, (before, spec) in arguments.items():
+        axes = spec.lstrip("? ").split()
+        if other == name:
+            break
+        if isinstance(before, Tensor):
+            named = [axis for axis in axes if axis != "..."]
+            for axis, n in zip(named, before.shape[before.dim() - len(named) :], strict=True):
+                sizes.setdefault(axis, n)
+                owner.setdefault(axis, other)
+    expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+    origin = "".join(f"; {axis} is that of {owner[axis]}" for axis in axes if axis in owner)
+    return f"{name} must have shape [{expected}], got {list(t.shape)}{origin}"
 
 
 def check_integers(**arguments: object) -> None:
     """Raise TypeError unless all of these are integers of some kind, bools not among them."""
     for name, n in arguments.items():
-        if not _is_integer(n):
+        if not is_integer(n):
             raise TypeError(f"{name} must be an int, got {type(n).__name__}")
 
 
-def _is_integer(n: object) -> bool:
+def is_integer(n: object) -> bool:
     """Whether n is an int, a symbolic one or numpy's; a tensor is none, for reading it would wait for its device."""
     if isinstance(n, int | torch.SymInt):
         return not isinstance(n, bool)
@@ -75,6 +97,22 @@ def _is_integer(n: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def check_sizes(**arguments: object) -> None:
+    """Raise TypeError unless all of these are integers, ValueError for a negative one."""
+    check_integers(**arguments)
+    for name, n in arguments.items():
+        if n < 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must not be negative, got {n}")
+
+
+def check_shape(shape: object) -> tuple[int, ...]:
+    """The sizes of a shape; TypeError unless it is a sequence of integers, ValueError for a negative one."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
+    check_sizes(**{f"shape[{i}]": n for i, n in enumerate(shape)})
+    return tuple(shape)
 
 
 def check_reals(*, positive: bool = False, **arguments: object) -> None:
@@ -97,8 +135,16 @@ def check_reals(*, positive: bool = False, **arguments: object) -> None:
             raise ValueError(f"{name} must be above 0, got {n}")
 
 
+def check_values(**tensors: Tensor) -> None:
+    """Raise RuntimeError for tensors on the meta device, which have no values to look at."""
+    for name, t in tensors.items():
+        if t.is_meta:
+            raise RuntimeError(f"{name} must have values, got a meta tensor")
+
+
 def check_finite(**tensors: Tensor) -> None:
     """Raise ValueError for NaN and infinite entries, where an algorithm would not end or LAPACK would refuse."""
+    check_values(**tensors)
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{name} must be finite")
@@ -122,7 +168,9 @@ def check_beside(first: Tensor, **arguments: tuple[object, tuple[int, ...]]) -> 
 
 
 def check_place(name: str, t: Tensor, first: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`."""
+    """Raise RuntimeError unless `t` is on the device of `first` and broadcasts to `shape`, TypeError unless dense."""
+    if t.layout not in DENSE:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
     if t.device != first.device:
         raise RuntimeError(f"{name} must be on the device of the other tensors, {first.device}, got {t.device}")
     if t.dim() > len(shape) or any(
@@ -146,6 +194,8 @@ def check_index(name: str, index: Tensor, limit: int, shape: tuple[int | None, .
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if index.layout not in DENSE:
+        raise TypeError(f"{name} must be a dense tensor, got {index.layout}")
     if index.device != like.device:
         raise RuntimeError(f"{name} must be on the device of w, {like.device}, got {index.device}")
     if index.dim() != len(shape) or any(n not in (None, got) for n, got in zip(shape, index.shape, strict=True)):
@@ -175,7 +225,7 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
         if seed.device != device:
             raise RuntimeError(f"seed must be on the device of the gates, {device}, got {seed.device}")
         return seed
-    if not isinstance(seed, int | torch.SymInt | SupportsIndex) or not _is_integer(seed):
+    if not isinstance(seed, int | torch.SymInt | SupportsIndex) or not is_integer(seed):
         raise TypeError(f"seed must be an int or an int64 tensor where numbers are drawn, got {type(seed).__name__}")
     number: Any = seed if isinstance(seed, int | torch.SymInt) else operator.index(seed)
     return (

@@ -8,9 +8,20 @@ import os
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Why a branch that every op has runs PyTorch.
-TRANSFORMS = "torch.func transforms and forward-mode AD differentiate the reference"
+TRANSFORMS = "torch.func transforms, forward-mode AD and torch.jit.trace take the reference"
+WRAPPERS = "jagged tensors and other wrappers take PyTorch's ops"
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# The dispatch keys that are switched on where nothing watches: no mode, transform or trace; under inference one fewer.
+_EAGER = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_included = torch._C._dispatch_tls_local_include_set
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_has_autocast = torch._C._is_any_autocast_enabled
+UNWATCHED = frozenset((_EAGER.raw_repr(), _EAGER.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()))
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -64,5 +75,32 @@ def _interpreted() -> bool:
 
 
 def needs_reference() -> bool:
-    """True inside torch.func transforms and forward-mode AD, which see a registered op's tangent as zero."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """True inside torch.func transforms and forward-mode AD, which see a registered op's tangent as zero, and
+    `torch.jit.trace`, which cannot keep one that is written in Python."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def is_unwatched() -> bool:
+    """Whether no mode, transform, trace or autocast sees or rewrites the calls that follow.
+
+    Only then may a small call leave its op for eager PyTorch: whatever is done with a call, small and large are alike.
+    """
+    return (
+        not is_compiling()
+        and _included().raw_repr() in UNWATCHED
+        and not _has_function_mode()
+        and not _has_autocast()
+        and forward_ad._current_level < 0
+    )
+
+
+def needs_formula(*tensors: Tensor | None, impl: str) -> bool:
+    """`needs_reference`, or for a wrapper of tensors, jagged or quantised, that knows PyTorch's ops and not ours.
+
+    RuntimeError for such a wrapper where kernels were asked for.
+    """
+    for t in tensors:
+        if type(t) not in PLAIN and t is not None and is_traceable_wrapper_subclass(t):
+            # a tensor that a collective has not sent yet is none: it waits for itself
+            return not hasattr(t, "trigger_wait") and refuse(impl, WRAPPERS) or needs_reference()
+    return needs_reference()

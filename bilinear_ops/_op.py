@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bilinear_ops import _flops
+
 RELOADED = "{} cannot be reloaded: PyTorch registers an op once in a process; start a new one"
 
 if "OPS" in globals():  # as importlib.reload leaves them
@@ -20,10 +22,13 @@ OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], flops: _flops.Formula | None = None
+) -> Any:
     """Define an opaque op with one implementation for all devices and its fake; returns the callable overload.
 
-    `kernel` runs with autocast off: the wrapper has already cast what autocast casts.
+    `kernel` runs with autocast off: the wrapper has already cast what autocast casts. `flops` counts the products from
+    the op's arguments; without it there are none.
     """
     name = schema.partition("(")[0]
     if hasattr(torch.ops.bilinear_ops, name):
@@ -31,7 +36,10 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     OPS.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bilinear_ops::{name}", fake, lib=OPS)
-    return getattr(torch.ops.bilinear_ops, name).default
+    op = getattr(torch.ops.bilinear_ops, name).default
+    if flops is not None:
+        _flops.add(op, flops)
+    return op
 
 
 class Signature(NamedTuple):
@@ -79,6 +87,7 @@ def differentiable(
         backward_fake or partial(_gradients_fake, of),
     )
     _connect(op, backward_op, of, formula, unpack)
+    _count(op, backward_op, of, formula)
     return op, backward_op
 
 
@@ -124,7 +133,6 @@ def _connect(
     arithmetic.
     """
     no_gradients = (None,) * (len(of.names) - of.inputs)
-    option_names = [of.names[of.tensors + i] for i in of.options]
 
     def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -144,8 +152,7 @@ def _connect(
         options = [ctx.options[i] for i in of.options]
         need = list(ctx.needs_input_grad[: of.inputs])
         if torch.is_grad_enabled():  # create_graph=True: what was kept carries no graph, so start again
-            others = zip(of.names[of.inputs : of.tensors], tensors[of.inputs :], strict=True)
-            f = partial(formula, **dict(others), **dict(zip(option_names, options, strict=True)))
+            f = partial(formula, **_keywords(of, tensors, options))
             return *differentiable_gradients(f, tensors[: of.inputs], need, dy), *no_gradients
         impl = ctx.options[-1:] if of.impl else ()
         found = backward_op(dy, *kept, *tensors, *options, need, *impl)
@@ -164,6 +171,28 @@ def _connect(
             return op(*args)
 
     OPS.impl(op._schema.name, autograd, "Autograd")
+
+
+def _keywords(of: Signature, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
+    """What the formula takes by keyword: the tensors without a gradient, and the options of the backward."""
+    others = dict(zip(of.names[of.inputs : of.tensors], tensors[of.inputs : of.tensors], strict=True))
+    return {**others, **{of.names[of.tensors + i]: option for i, option in zip(of.options, options, strict=True)}}
+
+
+def _count(op: Any, backward_op: Any, of: Signature, formula: Callable[..., Tensor]) -> None:
+    """Give both ops the formula's FLOPs."""
+
+    def forward(*args: Any) -> int:
+        options = [args[of.tensors + i] for i in of.options]
+        return _flops.of_call(formula, *args[: of.inputs], **_keywords(of, args, options))
+
+    def backward(dy: Tensor, *args: Any) -> int:
+        tensors, need = args[of.kept :], args[-1 - of.impl]
+        options = tensors[of.tensors : of.tensors + len(of.options)]
+        return _flops.of_gradients(formula, tensors[: of.inputs], need, **_keywords(of, tensors, options))
+
+    _flops.add(op, forward)
+    _flops.add(backward_op, backward)
 
 
 def differentiable_gradients(
@@ -196,10 +225,11 @@ def without_autocast(f: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(f)
     def wrapped(*args: Any, **options: Any) -> T:
-        kinds = [a.device.type for a in (*args, *options.values()) if isinstance(a, Tensor)]
-        if not kinds or kinds[0] == "meta" or not torch.is_autocast_enabled(kinds[0]):
+        first = next((a for a in (*args, *options.values()) if isinstance(a, Tensor)), None)
+        kind = "meta" if first is None else first.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
             return f(*args, **options)
-        with torch.autocast(kinds[0], enabled=False):
+        with torch.autocast(kind, enabled=False):
             return f(*args, **options)
 
     return wrapped

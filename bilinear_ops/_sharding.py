@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bilinear_ops.results import Directions
 
@@ -28,7 +29,13 @@ FACTORS = ("K o", "o h")  # axes of Directions, where coefficients are "K h"
 
 
 def sharded(
-    result: str, *, over: str, once: tuple[str, ...] = (), numbers: dict[str, str] | None = None, **axes: str
+    result: str,
+    *,
+    over: str,
+    once: tuple[str, ...] = (),
+    numbers: dict[str, str] | None = None,
+    public: Callable[..., Any] | None = None,
+    **axes: str,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function of tensors take DTensors, `axes` naming the axes of its arguments: `x="... d", w="h d"`.
 
@@ -41,6 +48,7 @@ def sharded(
         over: the axes that may be sharded; the result is a partial sum over those that it lacks.
         once: arguments that enter a sum once, not once a shard: biases. Their gradient is whole on every rank.
         numbers: arguments, None unless given, that take the global numbers along an axis where it is sharded.
+        public: the function that calls this one with the same arguments, which subclasses and tracers are handed.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,14 +56,23 @@ def sharded(
 
         @functools.wraps(function)
         def wrapped(*args: P.args, **options: P.kwargs) -> R:
-            for value in (*args, *options.values()):
-                if type(value) not in PLAIN and is_sharded(value):
+            for value in args:
+                if type(value) not in PLAIN:
                     break
-            else:
+            else:  # a small call's time is its own: nothing is built where all arguments are plain
+                for value in options.values():
+                    if type(value) not in PLAIN:
+                        break
+                else:
+                    return function(*args, **options)
+            given = (*args, *options.values())
+            if not any(map(is_sharded, given)):
+                if has_torch_function(given):
+                    return handle_torch_function(public or wrapped, given, *args, **options)
                 return function(*args, **options)
             arguments = {**dict(zip(names, args, strict=False)), **options}
             if arguments.get("group") is not None:
-                refuse_sharded(function.__name__, value, "group= deals plain tensors to the ranks; leave group out")
+                refuse_sharded(function.__name__, given, "group= deals plain tensors to the ranks; leave group out")
             call = _Call(function.__name__.lstrip("_"), axes, arguments)
             return call.run(function, result, over.split(), once, numbers or {})
 

@@ -6,13 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import DTYPES, check
+from bilinear_ops._check import DTYPES, OR_JAGGED, check
+from bilinear_ops._impl import PLAIN
 from bilinear_ops._sharding import sharded
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import ACTIVATIONS, Gate
+
+STRIDED = torch.strided
+NUMBERS = (float, int, torch.SymFloat)
 
 
 class Numbers(NamedTuple):
@@ -23,7 +28,6 @@ class Numbers(NamedTuple):
     offset: float | Tensor | None = None
 
 
-@sharded("... h", over="... h", x="... d", w="h d", v="h d", b_w="h", b_v="h", beta="", limit="", offset="")
 def gated_bilinear(
     x: Tensor,
     w: Tensor,
@@ -52,7 +56,9 @@ def gated_bilinear(
             gradients are 0 outside. A float or a 0-dim tensor without a gradient.
         offset: added to a after its clamp, as limit. No value of beta, limit or offset recompiles a compiled caller.
         impl: "auto", "triton" or "torch"; on CPU "auto" leaves small layers to eager PyTorch, which is faster there:
-            up to 2^28 products of tokens, d and h.
+            up to 2^28 products of tokens, d and h. A call that a mode, a trace or autocast sees is the op's at every
+            size, so FLOP counts and graphs are alike. Jagged and quantised tensors, which know PyTorch's ops and not
+            ours, get the formula at every size.
 
     Returns:
         `[..., h]`, contiguous, in x's dtype.
@@ -63,15 +69,34 @@ def gated_bilinear(
         ValueError: unknown activation or impl, a beta without swish, a limit with silu_bounded, a limit that is not
             positive, or a limit or offset that asks for a gradient.
     """
-    x, w, v, b_w, b_v = _op.autocast(x, w, v, b_w, b_v)
-    numbers = Numbers(beta, limit, offset)
-    return _gated(x, w, v, None, b_w, b_v, None, activation, numbers, False, impl)
+    if impl == "auto":
+        y = _small(x, w, v, None, b_w, b_v, None, activation, beta, limit, offset)
+        if y is not None:
+            return y
+    return _gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta, limit=limit, offset=offset, impl=impl)
 
 
 @sharded(
-    "... o", over="... h o", once=("b_p",),
-    x="... d", w="h d", v="h d", p="o h", b_w="h", b_v="h", b_p="o", beta="", limit="", offset="", mask="... h",
+    "... h", over="... h", public=gated_bilinear,
+    x="... d", w="h d", v="h d", b_w="h", b_v="h", beta="", limit="", offset="",
 )  # fmt: skip
+def _gated_bilinear(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    *,
+    activation: str,
+    beta: float | Tensor,
+    limit: float | Tensor | None,
+    offset: float | Tensor | None,
+    impl: str,
+) -> Tensor:
+    x, w, v, b_w, b_v = _op.autocast(x, w, v, b_w, b_v)
+    return _gated(x, w, v, None, b_w, b_v, None, activation, Numbers(beta, limit, offset), False, impl)
+
+
 def gated_mlp(
     x: Tensor,
     w: Tensor,
@@ -108,15 +133,45 @@ def gated_mlp(
     Raises:
         as `gated_bilinear`.
     """
+    if impl == "auto" and mask is None and not recompute:
+        y = _small(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
+        if y is not None:
+            return y
+    return _gated_mlp(
+        x, w, v, p, b_w, b_v, b_p,
+        activation=activation, beta=beta, limit=limit, offset=offset, recompute=recompute, mask=mask, impl=impl,
+    )  # fmt: skip
+
+
+@sharded(
+    "... o", over="... h o", once=("b_p",), public=gated_mlp,
+    x="... d", w="h d", v="h d", p="o h", b_w="h", b_v="h", b_p="o", beta="", limit="", offset="", mask="... h",
+)  # fmt: skip
+def _gated_mlp(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    *,
+    activation: str,
+    beta: float | Tensor,
+    limit: float | Tensor | None,
+    offset: float | Tensor | None,
+    recompute: bool,
+    mask: Tensor | None,
+    impl: str,
+) -> Tensor:
     x, w, v, p, b_w, b_v, b_p = _op.autocast(x, w, v, p, b_w, b_v, b_p)
-    numbers = Numbers(beta, limit, offset)
     if mask is not None:
         if limit is not None or offset is not None:
             raise ValueError("mask does not go with limit or offset")
         from bilinear_ops.rank1.gated import masked_gated_mlp  # which imports this module
 
         return masked_gated_mlp(x, w, v, p, mask, b_w, b_v, b_p, activation, beta, recompute, impl)
-    return _gated(x, w, v, p, b_w, b_v, b_p, activation, numbers, recompute, impl)
+    return _gated(x, w, v, p, b_w, b_v, b_p, activation, Numbers(beta, limit, offset), recompute, impl)
 
 
 @sharded("... h", over="... h", a="... h", z="... h", beta="", limit="", offset="")
@@ -144,12 +199,13 @@ def gate(
     Raises:
         as `gated_bilinear`.
     """
-    check(a=(a, "... h"), z=(z, "... h"))
+    check(OR_JAGGED, a=(a, "... h"), z=(z, "... h"))
     if a.shape != z.shape:
         raise RuntimeError(f"z must have the shape of a, {list(a.shape)}, got {list(z.shape)}")
-    numbers = check_gate(activation, Numbers(beta, limit, offset), a)
+    numbers = Numbers(beta, limit, offset)
+    check_gate(activation, *numbers, a)
     impl = _impl.resolve(impl, a)
-    if _impl.needs_reference():
+    if _impl.needs_formula(a, z, impl=impl):
         return reference.gate(a, z, activation=activation, **numbers._asdict())
     return gate_op(_rows(a), _rows(z), *number_tensors(activation, numbers, a), activation, impl).view(a.shape)
 
@@ -168,6 +224,7 @@ def _gated(
     impl: str,
 ) -> Tensor:
     check(
+        OR_JAGGED,
         x=(x, "... d"),
         w=(w, "h d"),
         v=(v, "h d"),
@@ -176,10 +233,10 @@ def _gated(
         b_v=(b_v, "? h"),
         b_p=(b_p, "? o"),
     )
-    beta, limit, offset = numbers = check_gate(activation, numbers, x)
-    small = impl == "auto" and not recompute and _is_small(x, w)
+    beta, limit, offset = numbers
+    check_gate(activation, beta, limit, offset, x)
     impl = _impl.resolve(impl, x)
-    if small or _impl.needs_reference():
+    if _impl.needs_formula(x, w, v, p, b_w, b_v, b_p, impl=impl):
         return _reference(x, w, v, p, b_w, b_v, b_p, beta, limit=limit, offset=offset, activation=activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
@@ -192,17 +249,64 @@ def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
-def _is_small(x: Tensor, w: Tensor) -> bool:
-    """Whether eager PyTorch is faster on CPU: it keeps more, computes less again, and costs less to call."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return x.numel() * w.shape[0] <= limits.small_on_cpu
+def _small(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    activation: str,
+    beta: float | Tensor,
+    limit: float | Tensor | None,
+    offset: float | Tensor | None,
+) -> Tensor | None:
+    """The layer by eager PyTorch where that is faster on CPU and nothing sees which: else None.
+
+    Eager PyTorch keeps more, computes less again, and costs less to call. None too for what `check` refuses: these
+    comparisons are its own, for plain tensors alone.
+    """
+    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN and _impl.is_unwatched()):
+        return None
+    if not (x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED) or x.is_nested:
+        return None
+    shape, dtype, d = w.shape, x.dtype, x.shape[-1:]
+    if not (
+        len(shape) == 2
+        and v.shape == shape
+        and d == shape[1:]
+        and x.is_cpu and w.is_cpu and v.is_cpu
+        and dtype in DTYPES
+        and w.dtype is dtype and v.dtype is dtype
+        and x.numel() * shape[0] <= limits.small_on_cpu
+        and (p is None or p.dim() == 2 and p.shape[1] == shape[0] and _is_like(p, dtype))
+        and (b_w is None or b_w.shape == shape[:1] and _is_like(b_w, dtype))
+        and (b_v is None or b_v.shape == shape[:1] and _is_like(b_v, dtype))
+        and (b_p is None or p is not None and b_p.shape == p.shape[:1] and _is_like(b_p, dtype))
+    ):  # fmt: skip
+        return None
+    check_gate(activation, beta, limit, offset, x)
+    a, z = linear(x, w, b_w), linear(x, v, b_v)
+    hid = reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
+    return hid if p is None else linear(hid, p, b_p)
 
 
-def check_gate(activation: str, numbers: Numbers, like: Tensor) -> Numbers:
+def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
+    return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
+
+
+def check_gate(
+    activation: str,
+    beta: float | Tensor,
+    limit: float | Tensor | None,
+    offset: float | Tensor | None,
+    like: Tensor,
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    beta, limit, offset = numbers
+    if activation != "swish" and limit is None and offset is None and type(beta) is float and beta == 1.0:
+        return  # as most calls are
     _check_number("beta", beta, like)
     if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
         got = "a tensor" if isinstance(beta, Tensor) else beta
@@ -216,7 +320,6 @@ def check_gate(activation: str, numbers: Numbers, like: Tensor) -> Numbers:
         raise ValueError("limit does not belong to activation='silu_bounded', which has bounds of its own")
     if limit is not None and not isinstance(limit, Tensor) and limit <= 0:
         raise ValueError(f"limit must be positive, got {limit}")
-    return numbers
 
 
 def _check_number(name: str, number: object, like: Tensor) -> None:
@@ -227,7 +330,7 @@ def _check_number(name: str, number: object, like: Tensor) -> None:
             raise RuntimeError(f"{name} must be a float or have shape [], got {list(number.shape)}")
         if number.device != like.device:
             raise RuntimeError(f"{name} must be on the device of x, {like.device}, got {number.device}")
-    elif not isinstance(number, float | int | torch.SymFloat):
+    elif not isinstance(number, NUMBERS):
         raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(number).__name__}")
 
 
@@ -267,7 +370,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     path = composite if impl == "torch" else launchers()
     hid, az = path.gate_forward(x, w, v, b_w, b_v, Gate(activation, beta, limit, offset), save)
-    y = hid if p is None else torch.nn.functional.linear(hid, p, b_p)
+    y = hid if p is None else linear(hid, p, b_p)
     return y, _op.or_empty(az, x)
 
 

@@ -7,8 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_integers, check_reals
 from bilinear_ops.nn.gated import GatedMLP
 from bilinear_ops.nn.rank1 import Rank1Linear
+
+__all__ = ["expand_gated_mlp", "expand_mlp", "expand_rank1"]
 
 
 @torch.no_grad()
@@ -30,8 +33,10 @@ def expand_gated_mlp(
         the new layer, and `origin [factor h]`: the unit of `layer` that each of its units is a copy of.
 
     Raises:
+        TypeError: another kind of layer, or a factor that is not an int.
         ValueError: a factor below 1.
     """
+    _check(GatedMLP, factor, noise, generator, layer=layer)
     origin = _origin(layer.w.shape[0], factor, layer.w.device)
     new = copy.deepcopy(layer)
     for name in ("w", "v", "b_w", "b_v"):
@@ -47,6 +52,7 @@ def expand_mlp(
     up: nn.Linear, down: nn.Linear, factor: int, noise: float = 0.0, generator: torch.Generator | None = None
 ) -> tuple[nn.Linear, nn.Linear, Tensor]:
     """`expand_gated_mlp` for down(act(up(x))), whatever the activation: the new up and down, and origin."""
+    _check(nn.Linear, factor, noise, generator, up=up, down=down)
     origin = _origin(up.weight.shape[0], factor, up.weight.device)
     new_up, new_down = copy.deepcopy(up), copy.deepcopy(down)
     new_up.weight = nn.Parameter(_copies(up.weight, origin, noise, generator))
@@ -62,11 +68,22 @@ def expand_rank1(
     layer: Rank1Linear, factor: int, noise: float = 0.0, generator: torch.Generator | None = None
 ) -> tuple[Rank1Linear, Tensor]:
     """`expand_gated_mlp` for the subcomponents of a linear layer: reads are copied, writes divided by the factor."""
+    _check(Rank1Linear, factor, noise, generator, layer=layer)
     origin = _origin(layer.read.shape[1], factor, layer.read.device)
     new = copy.deepcopy(layer)
     new.read = nn.Parameter(_copies(layer.read.t(), origin, noise, generator).t().contiguous())
     new.write = nn.Parameter(layer.write[origin] / factor)
     return new, origin
+
+
+def _check(kind: type[nn.Module], factor: int, noise: float, generator: object, **layers: nn.Module) -> None:
+    for name, layer in layers.items():
+        if not isinstance(layer, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(layer).__name__}")
+    check_integers(factor=factor)
+    check_reals(noise=noise)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def _origin(h: int, factor: int, device: torch.device) -> Tensor:

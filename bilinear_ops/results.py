@@ -58,6 +58,22 @@ def _map(f: Callable[[Tensor], Tensor], found: Any) -> Any:
     return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
 
 
+class Activations(
+    Result,
+    NamedTuple(
+        "Activations",
+        [
+            ("a", Tensor),
+            ("z", Tensor),
+            ("hid", Tensor),
+        ],
+    ),
+):
+    """What a gated layer computes on its way: the pre-activations a and z, and hid = a * act(z), `[..., h]` each."""
+
+    __slots__ = ()
+
+
 class Directions(
     Result,
     NamedTuple(

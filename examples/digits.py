@@ -24,6 +24,7 @@ import digits_findings as findings
 import torch
 import torch.nn.functional as F
 from digits_training import SIDE, Network, Regulariser, blur, fold, perlin, rotate, salt_and_pepper, train, translate
+from findings_page import written
 from torch import Tensor
 
 import bilinear_ops as bo
@@ -341,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = study(data, scale)
     print(findings.text(found.receipt))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "digits.json").write_text(findings.written(found.receipt), encoding="utf-8")
+    (options.out / "digits.json").write_text(written(found.receipt), encoding="utf-8")
     try:
         print(f"\nFigures: {', '.join(map(str, draw(found, data, options.out)))}")
     except ModuleNotFoundError as error:

@@ -5,17 +5,13 @@ The page docs/findings.md holds this text between two marks; `check` compares it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
+import findings_page
 from digits_claims import NOISES, PLAIN, REGULARISED, Receipt, claims, mask_cost, names, spread, values
+from findings_page import table
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, RECEIPT = DOCS / "findings.md", DOCS / "receipts" / "digits.json"
-BEGIN, END = "<!-- digits:begin -->\n", "<!-- digits:end -->\n"
+RECEIPT = findings_page.DOCS / "receipts" / "digits.json"
 
 
 def text(receipt: Receipt) -> str:
@@ -45,12 +41,6 @@ def text(receipt: Receipt) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def regularisers(receipt: Receipt) -> list[list[str]]:
@@ -109,28 +99,6 @@ def expectations(receipt: Receipt) -> list[tuple[str, str, str]]:
     return [(expected, found, "yes" if met else "no") for expected, found, met in rows]
 
 
-def written(receipt: Receipt) -> str:
-    """JSON with five decimals, a record a line."""
-    parts = []
-    for key, value in _rounded(receipt).items():
-        lines = ",\n".join(map(json.dumps, value))
-        parts.append(f'"{key}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else json.dumps(value)))
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return round(value, 5) if isinstance(value, float) else value
-
-
 def check() -> int:
     """Whether the page holds the text of its receipt; returns the exit status."""
-    held = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    if held.strip() == text(json.loads(RECEIPT.read_text(encoding="utf-8"))).strip():
-        print(f"{PAGE.name} says what {RECEIPT.name} measured.")
-        return 0
-    print(f"{PAGE.name} differs from {RECEIPT.name}: put the text of this receipt between its marks.")
-    return 1
+    return findings_page.check("digits", RECEIPT, text)

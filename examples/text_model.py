@@ -1,4 +1,4 @@
-"""A one-layer transformer whose MLP is bilinear ([P] section 5), and its training."""
+"""A one-layer transformer whose MLP is bilinear ([P] section 5) or otherwise gated, and its training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RATE, WARM_UP, DECAY, BETAS = 3e-3, 40, 1.0, (0.9, 0.99)  # AdamW's settings; th
 class Transformer(nn.Module):
     """Words `[B, T]` -> logits `[B, T, V]` of the next words; embedding and unembedding share a weight."""
 
-    def __init__(self, vocabulary: int, d: int, h: int):
+    def __init__(self, vocabulary: int, d: int, h: int, activation: str = "identity"):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, d)
         self.attention = Attention(d)
-        self.mlp = bo.nn.GatedMLP(d, h)
+        self.mlp = bo.nn.GatedMLP(d, h, activation=activation)
         for weight in self.parameters():
             nn.init.normal_(weight, std=INIT)
 

@@ -2,6 +2,9 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
+
+from bilinear_ops.kernels.tile import INTERPRET
 
 
 @triton.jit
@@ -71,17 +74,17 @@ def act(z, beta, ACTIVATION: tl.constexpr):
     if ACTIVATION == "identity":
         return z
     elif ACTIVATION == "silu":
-        return z * tl.sigmoid(z)
+        return z * _sigmoid(z)
     elif ACTIVATION == "swish":
-        return z * tl.sigmoid(beta * z)
+        return z * _sigmoid(beta * z)
     elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(z)
+        return _sigmoid(z)
     elif ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, z)  # NaN passes
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        return z * tl.sigmoid(_twice_tanh_argument(z))
+        return z * _sigmoid(_twice_tanh_argument(z))
     elif ACTIVATION == "relu2":
         return tl.where(z <= 0, 0.0, z * z)
     elif ACTIVATION == "relu6":
@@ -93,10 +96,10 @@ def act(z, beta, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardswish":
         return z * tl.where(z <= -3, 0.0, _at_most(z, 3.0) + 3) * 0.16666666666666666
     elif ACTIVATION == "silu_clamped":
-        return z * tl.sigmoid(z)
+        return z * _sigmoid(z)
     else:
         tl.static_assert(ACTIVATION == "silu_bounded")
-        return 4 * _tanh(0.25 * z) * tl.sigmoid(z)
+        return 4 * _tanh(0.25 * z) * _sigmoid(z)
 
 
 @triton.jit
@@ -116,7 +119,7 @@ def act_with_grad(z, beta, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
-        return z * cdf, cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return z * cdf, cdf + z * 0.3989422804014327 * _exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
         s, ds = _sigmoid_with_grad(_twice_tanh_argument(z))
         return z * s, s + z * ds * (1.5957691216057308 + 0.21406444881477878 * z * z)
@@ -143,11 +146,35 @@ def act_with_grad(z, beta, ACTIVATION: tl.constexpr):
         return 4 * t * s, (1 - t * t) * s + 4 * t * ds
 
 
+# Both are impure, or the compiler would compute them again for every layout that an epilogue stores.
+@triton.jit
+def _exp(u):
+    """e^u from the special-function unit's 2^u, as tl.exp."""
+    if not INTERPRET and is_cuda():
+        text: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(text, "=f,f", [u * 1.4426950408889634], tl.float32, is_pure=True, pack=1)
+    return tl.exp(u)
+
+
+@triton.jit
+def _reciprocal(u):
+    """1 / u to one unit in the last place, by the special-function unit where there is one."""
+    if not INTERPRET and is_cuda():
+        text: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(text, "=f,f", [u], tl.float32, is_pure=True, pack=1)
+    return 1 / u
+
+
+@triton.jit
+def _sigmoid(u):
+    return _reciprocal(1 + _exp(-u))
+
+
 @triton.jit
 def _sigmoid_with_grad(u):
     """(s, s (1 - s)), s = sigmoid(u), from one exponential and without the cancellation in 1 - s."""
-    e = tl.exp(-tl.abs(u))
-    r = 1 / (1 + e)
+    e = _exp(-tl.abs(u))
+    r = _reciprocal(1 + e)
     return tl.where(u >= 0, r, e * r), e * r * r
 
 
@@ -160,8 +187,8 @@ def _twice_tanh_argument(z):
 @triton.jit
 def _tanh(u):
     """From one exponential, and near 0, where that cancels, from the series to u^9."""
-    e = tl.exp(-2 * tl.abs(u))
-    t = (1 - e) / (1 + e)
+    e = _exp(-2 * tl.abs(u))
+    t = (1 - e) * _reciprocal(1 + e)
     s = u * u
     series = -0.05396825396825397 + s * 0.021869488536155203
     series = 1 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * series))
@@ -171,7 +198,8 @@ def _tanh(u):
 @triton.jit
 def _tanh_softplus(z):
     """(t, dt / dz), t = tanh(log(1 + e^z)) = n / (n + 2) with n = e^z (e^z + 2); above 20 it is 1 in fp32."""
-    e = tl.exp(_at_most(z, 20.0))
+    e = _exp(_at_most(z, 20.0))
     n = e * (e + 2)
-    t = n / (n + 2)
-    return t, 2 / (n + 2) * (1 + t) * (e / (1 + e))
+    r = _reciprocal(n + 2)
+    t = n * r
+    return t, 2 * r * (1 + t) * (e * _reciprocal(1 + e))

@@ -4,6 +4,7 @@ The only file that names architectures. Every tile and every threshold carries i
 the cited figures up.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -57,10 +58,10 @@ KERNELS = {
     "gated_forward_kernel": Kernel(
         tiles={
             "sm_80": {
-                Tile(128, 64, 32, 8, 3): Compiled(
-                    "sm_80 gated_forward_kernel [bfloat16 128x2x64x32 aligned, 4 warps: rejected]", "spills", 4
+                Tile(128, 64, 32, 4, 3, blocks_per_sm=0): Compiled(  # two blocks fit
+                    "sm_80 gated_forward_kernel [bfloat16 128x2x64x32 aligned]", "resident", 2
                 ),
-                Tile(64, 64, 32, 4, 3): Compiled(
+                Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
                     "sm_80 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 24576
                 ),
             },
@@ -71,30 +72,26 @@ KERNELS = {
                 ),
             },
             "sm_100": {
-                Tile(128, 64, 64, 8, 3): Compiled(
-                    "sm_100 gated_forward_kernel [bfloat16 128x2x128x64 aligned, 8 warps: rejected]", "spills", 22
+                Tile(128, 128, 64, 8, 3): Compiled(  # products of 64 columns are bound by shared memory
+                    "sm_100 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", "registers", 168
                 )
             },
             "sm_120": {
-                Tile(128, 64, 32, 8, 2): Compiled(
+                Tile(128, 64, 32, 8, 2, blocks_per_sm=0): Compiled(
                     "sm_120 gated_forward_kernel [bfloat16 128x2x128x32 aligned, 8 warps: rejected]", "spills", 51
                 ),
-                Tile(64, 64, 32, 4, 2): Compiled(
+                Tile(64, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
                     "sm_120 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 12288
                 ),
             },
             "gfx942": {
-                Tile(128, 64, 32, 4, 2): Compiled(
+                Tile(128, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
                     "gfx942 gated_forward_kernel [float32 128x2x64x32 unaligned]", "registers", 244
                 )
             },
         },
         interpreted=Tile(64, 64, 64, 4, 1),
-        pointers={
-            Tile(64, 64, 32, 4, 3): Compiled(
-                "sm_90 gated_forward_kernel [bfloat16 128x2x64x64 unaligned, 8 warps: rejected]", "spills", 8
-            )
-        },
+        pointers={LIBRARY: "below half of the tensor cores' rate in the model, for loads of two bytes; no receipt yet"},
         fp32={
             "sm_120": {
                 LIBRARY: Compiled(
@@ -106,51 +103,55 @@ KERNELS = {
         operands=2,
         candidates=(*GEMM_TILES, LIBRARY),
         rejected=(
-            Rejected("sm_80", torch.bfloat16, Tile(128, 64, 32, 4, 3)),
-            Rejected("sm_90", torch.bfloat16, Tile(128, 64, 64, 8, 3), aligned=False),
-            Rejected("sm_100", torch.bfloat16, Tile(128, 128, 64, 8, 3)),
             Rejected("sm_120", torch.bfloat16, Tile(128, 128, 32, 8, 2)),
             Rejected("sm_120", torch.float32, Tile(128, 64, 32, 8, 2), aligned=False),
         ),
     ),
-    # one accumulator, its epilogue in four column subtiles
+    # one accumulator, its epilogue in eight column subtiles
     "gated_backward_kernel": Kernel(
         tiles={
             "sm_80": {
-                Tile(128, 128, 32, 8, 3): Compiled(
+                Tile(128, 128, 32, 8, 3, blocks_per_sm=0): Compiled(
                     "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 151
                 ),
-                Tile(64, 64, 32, 4, 3): Compiled(
+                Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
                     "sm_80 gated_backward_kernel [bfloat16 64x64x32 aligned]", "shared", 16384
                 ),
             },
             "sm_90": {
-                Tile(128, 128, 64, 8, 3): Modelled("sm_90 gated_backward_kernel [bfloat16 128x128x64 aligned]", 1.0)
+                Tile(128, 128, 64, 8, 3, blocks_per_sm=2, registers=128): Compiled(  # one hides the other's epilogue
+                    "sm_90 gated_backward_kernel [bfloat16 128x128x64 aligned]", "resident", 2
+                )
             },
             "sm_100": {
                 Tile(128, 128, 64, 8, 3): Compiled(
-                    "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 158
+                    "sm_100 gated_backward_kernel [bfloat16 128x128x64 aligned]", "registers", 168
                 )
             },
             "sm_120": {
-                Tile(64, 64, 32, 4, 3): Compiled(
+                Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
                     "sm_120 gated_backward_kernel [bfloat16 64x64x32 aligned]", "registers", 128
                 )
             },
             "gfx942": {
-                Tile(128, 64, 32, 4, 2): Compiled(
+                Tile(128, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
                     "gfx942 gated_backward_kernel [float32 128x64x32 unaligned]", "registers", 201
                 )
             },
         },
         interpreted=Tile(64, 64, 64, 4, 1),
-        pointers={Tile(64, 64, 32, 4, 3): Modelled("sm_90 gated_backward_kernel [bfloat16 64x64x32 unaligned]", 0.356)},
+        pointers={LIBRARY: "as the forward"},
         fp32={
+            "sm_90": {
+                Tile(128, 128, 32, 8, 3, blocks_per_sm=2, registers=128): Compiled(
+                    "sm_90 gated_backward_kernel [float32 128x128x32 aligned]", "resident", 2
+                )
+            },
             "sm_100": {
                 LIBRARY: Compiled(
                     "sm_100 gated_backward_kernel [float32 128x128x64 aligned, 8 warps: rejected]", "shared", 278576
                 )
-            }
+            },
         },
         accurate=False,
         operands=1,
@@ -179,9 +180,8 @@ KERNELS = {
                 )
             },
             "sm_90": {
-                PairTile(8, 16, 128, 64, 8, 3): Compiled(
-                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 413
-                )
+                PairTile(8, 16, 256, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=512 full]", 1.0),
+                PairTile(8, 16, 128, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=128 full]", 0.757),
             },
             "sm_100": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
@@ -200,7 +200,15 @@ KERNELS = {
             },
         },
         interpreted=PairTile(16, 16, 32, 32, 4, 1),
+        fp32={
+            "sm_90": {
+                PairTile(8, 16, 128, 64, 8, 3): Compiled(
+                    "sm_90 interaction_pairs_kernel [float32 K=512, 8x16x256x64, 8 warps: rejected]", "spills", 413
+                )
+            }
+        },
         candidates=(
+            PairTile(8, 16, 256, 64, 8, 3),
             PairTile(8, 16, 128, 64, 8, 3),
             PairTile(8, 16, 128, 32, 8, 3),
             PairTile(8, 16, 64, 64, 8, 3),
@@ -301,10 +309,8 @@ KERNELS = {
 # A choice among several kernels is known by the name of their launcher.
 LAUNCHERS = {"interaction_matrices": ("interaction_pairs_kernel", "interaction_direction_kernel")}
 
-FEW_TOKENS = Threshold(64, "too few tiles to fill a device; no receipt yet")
+IDLE = Threshold(2, "with fewer tiles than one for every two multiprocessors a library GEMM splits its contraction")
 LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the gate is a small part; no receipt yet")
-FEW_DIRECTIONS = Threshold(16, "a pair tile computes at least 64 directions; no receipt yet between 16 and 64")
-MANY_NEURONS = Threshold(8192, "from 512 directions on, generating S takes longer than reading it; no receipt yet")
 
 
 def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) -> tuple[Choice, ...]:
@@ -321,25 +327,40 @@ def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) 
     return tuple(t for t in row if fits(kernel, arch, dtype, t)) or (LIBRARY,)
 
 
-def gated(kernel: str, arch: str, dtype: torch.dtype, m: int, k: int, descriptors: bool) -> tuple[Choice, ...]:
+def gated(
+    kernel: str, arch: str, dtype: torch.dtype, m: int, n: int, k: int, descriptors: bool, multiprocessors: int
+) -> tuple[Choice, ...]:
     """Tiles of a fused gated kernel, best first; LIBRARY where a library GEMM and our epilogue are faster.
 
-    The kernel has `m` rows of tokens and a contraction of length `k`.
+    The kernel has an output [m, n] and a contraction of length `k`.
     """
     if arch == "interpreter":
         return tiles(kernel, arch, dtype)
-    if not tensor_cores(dtype) or m <= FEW_TOKENS.size or k >= LONG_CONTRACTION.size:
+    if not tensor_cores(dtype) or k >= LONG_CONTRACTION.size:
         return (LIBRARY,)
-    return tiles(kernel, arch, dtype, descriptors)
+    row = tiles(kernel, arch, dtype, descriptors)
+    busy = (t for t in row if not isinstance(t, Tile) or IDLE.size * _count(t, m, n) >= multiprocessors)
+    return tuple(busy) or (LIBRARY,)
 
 
-def interaction_matrices(arch: str, dtype: torch.dtype, directions: int, h: int) -> tuple[Choice, ...]:
-    """The order of contraction: a Tile for one direction at a time, a PairTile for all at once, LIBRARY for neither."""
-    if directions <= FEW_DIRECTIONS.size:
-        return tiles("interaction_direction_kernel", arch, dtype)
-    if h >= MANY_NEURONS.size and directions >= 512:
-        return (LIBRARY,)
-    return tiles("interaction_pairs_kernel", arch, dtype)
+def _count(tile: Tile, m: int, n: int) -> int:
+    return _cdiv(m, tile.block_m) * _cdiv(n, tile.block_n)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tuple[Choice, ...]:
+    """The order of contraction with the fewest products: a Tile for each direction alone, a PairTile for all at once.
+
+    A pair of features takes one product for each of the directions that a PairTile computes, whether they exist or
+    not, and two for a direction of its own. Of tiles that take as many, the larger is the better.
+    """
+    pairs = [t for t in tiles("interaction_pairs_kernel", arch, dtype) if isinstance(t, PairTile)]
+    computed = {t: _cdiv(directions, t.block_k) * t.block_k for t in pairs}
+    best = min(pairs, key=lambda t: (computed[t], -t.block_k))
+    return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
 
 
 def candidates(choice: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, ...]) -> tuple[Choice, ...]:
@@ -394,6 +415,14 @@ def _architecture(device: torch.device) -> str:
 def has_descriptors(arch: str) -> bool:
     """Whether tiles travel through hardware tensor descriptors there."""
     return arch in ("sm_90", "sm_100", "interpreter")
+
+
+def warp_specialized(arch: str) -> bool:
+    """Whether warps of their own load, multiply and store; BILINEAR_OPS_WARP_SPECIALIZE=0 turns that off.
+
+    By the compiler's flag, which sm_90 does not compile.
+    """
+    return arch == "sm_100" and os.environ.get("BILINEAR_OPS_WARP_SPECIALIZE", "1") != "0"
 
 
 @cache

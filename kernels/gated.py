@@ -16,10 +16,18 @@ from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.activation import gate as gate_of_tile
 from bilinear_ops.kernels.activation import gate_grad_beta, gate_with_grad
 from bilinear_ops.kernels.records import RowTile, Tile
-from bilinear_ops.kernels.tile import column_quarters, grouped, load_tile, store_tile
+from bilinear_ops.kernels.tile import (
+    column_eighths,
+    grouped,
+    in_one_layout,
+    load_halves,
+    load_tile,
+    store_halves,
+    store_tile,
+)
 from bilinear_ops.results import Gate
 
-SUBTILES = tl.constexpr(4)  # of the fused backward's epilogue: column_quarters
+SUBTILES = tl.constexpr(8)  # of the fused backward's epilogue: column_eighths
 
 
 @triton.jit
@@ -33,6 +41,7 @@ def gated_forward_kernel(
     M, H, D,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of hid, and of a and z unless they are None."""
     beta = None if beta_ptr is None else tl.load(beta_ptr)
@@ -40,23 +49,21 @@ def gated_forward_kernel(
     offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
+    tiles = tiles_m * tiles_h
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=WARP_SPECIALIZE
+    ):  # fmt: skip
         tile_m, tile_h = grouped(tile, tiles_m, tiles_h, GROUP_M)
         m = tile_m * BLOCK_M
         h = tile_h * BLOCK_H
-        b_a = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        b_z = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        b_a = bias_tile(b_w_ptr, h, H, BLOCK_M, BLOCK_H)  # ahead of the main loop, where nothing waits for it
+        b_z = bias_tile(b_v_ptr, h, H, BLOCK_M, BLOCK_H)
         for d in range(0, D, BLOCK_D):
             b_x = load_tile(x, stride_xm, stride_xd, m, d, M, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
             b_w = load_tile(w, stride_wh, stride_wd, h, d, H, D, BLOCK_H, BLOCK_D, DESCRIPTOR)
             b_v = load_tile(v, stride_vh, stride_vd, h, d, H, D, BLOCK_H, BLOCK_D, DESCRIPTOR)
             b_a = tl.dot(b_x, b_w.T, b_a, input_precision=PRECISION)
             b_z = tl.dot(b_x, b_v.T, b_z, input_precision=PRECISION)
-        columns = h + tl.arange(0, BLOCK_H)
-        if b_w_ptr is not None:
-            b_a += tl.load(b_w_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-        if b_v_ptr is not None:
-            b_z += tl.load(b_v_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
         store_tile(hid, stride_hm, m, h, M, H, gate_of_tile(b_a, b_z, beta, limit, offset, ACTIVATION), DESCRIPTOR)
         if a is not None:
             store_tile(a, stride_am, m, h, M, H, b_a, DESCRIPTOR)
@@ -64,23 +71,40 @@ def gated_forward_kernel(
 
 
 @triton.jit
+def bias_tile(ptr, h, H, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The bias of BLOCK_H columns from `h` on in every row, or zeros if there is none."""
+    tile = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    if ptr is not None:
+        columns = h + tl.arange(0, BLOCK_H)
+        tile += tl.load(ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
+    return tile  # [BLOCK_M, BLOCK_H]
+
+
+@triton.jit
 def gated_backward_kernel(
     dy, stride_ym, stride_yo,
     p, stride_po, stride_ph,
-    a, z, da, dz, stride_am,
+    az, dadz, stride_am,
     hid, stride_hm,
     dbeta_ptr, beta_ptr, limit_ptr, offset_ptr,
     M, H, O,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr, GROUP_M: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p, and stores da, dz and hid."""
+    """A program computes every num_programs-th tile [BLOCK_M, BLOCK_H] of dhid = dy p, and stores da, dz and hid.
+
+    az = [a | z] and dadz = [da | dz] are [M, 2, H]: their halves travel together, or each would be waited for alone.
+    """
     beta = None if beta_ptr is None else tl.load(beta_ptr)
     limit = None if limit_ptr is None else tl.load(limit_ptr)
     offset = None if offset_ptr is None else tl.load(offset_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_H)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_h, tl.num_programs(0), flatten=False):
+    tiles = tiles_m * tiles_h
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=WARP_SPECIALIZE
+    ):  # fmt: skip
         tile_m, tile_h = grouped(tile, tiles_m, tiles_h, GROUP_M)
         m = tile_m * BLOCK_M
         h = tile_h * BLOCK_H
@@ -89,35 +113,20 @@ def gated_backward_kernel(
             b_dy = load_tile(dy, stride_ym, stride_yo, m, o, M, O, BLOCK_M, BLOCK_O, DESCRIPTOR)
             b_p = load_tile(p, stride_po, stride_ph, o, h, O, H, BLOCK_O, BLOCK_H, DESCRIPTOR)
             dhid = tl.dot(b_dy, b_p, dhid, input_precision=PRECISION)
-        quarters = column_quarters(dhid)  # fewer live registers in the epilogue
+        parts = column_eighths(dhid)  # fewer live registers in the epilogue
+        dbeta = tl.zeros((BLOCK_M,), tl.float32)
         for i in tl.static_range(SUBTILES):
-            gate_backward_tile(
-                quarters[i], m, h + i * (BLOCK_H // SUBTILES), tile * SUBTILES + i,
-                a, stride_am, 1, z, stride_am, 1, da, dz, stride_am, hid, stride_hm,
-                dbeta_ptr, beta, limit, offset, M, H, ACTIVATION, DESCRIPTOR,
-            )  # fmt: skip
-
-
-@triton.jit
-def gate_backward_tile(
-    dhid, m, h, part,
-    a, stride_am, stride_ah, z, stride_zm, stride_zh, da, dz, stride_dm, hid, stride_hm,
-    dbeta_ptr, beta, limit, offset, M, H,
-    ACTIVATION: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """Store da, dz and hid of one tile, and its part of dbeta."""
-    BLOCK_M: tl.constexpr = dhid.shape[0]
-    BLOCK_H: tl.constexpr = dhid.shape[1]
-    b_a = load_tile(a, stride_am, stride_ah, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
-    b_z = load_tile(z, stride_zm, stride_zh, m, h, M, H, BLOCK_M, BLOCK_H, DESCRIPTOR).to(tl.float32)
-    b_hid, by_a, by_z = gate_with_grad(b_a, b_z, beta, limit, offset, ACTIVATION)
-    store_tile(da, stride_dm, m, h, M, H, dhid * by_a, DESCRIPTOR)
-    store_tile(dz, stride_dm, m, h, M, H, dhid * by_z, DESCRIPTOR)
-    if hid is not None:
-        store_tile(hid, stride_hm, m, h, M, H, b_hid, DESCRIPTOR)
-    if dbeta_ptr is not None:  # one part per tile; the launcher sums the parts in order
-        dbeta = gate_grad_beta(dhid, b_a, b_z, beta, limit, offset, ACTIVATION)
-        tl.store(dbeta_ptr + part, tl.sum(dbeta))
+            column = h + i * (BLOCK_H // SUBTILES)
+            b_a, b_z = load_halves(az, stride_am, m, column, M, H, BLOCK_M, BLOCK_H // SUBTILES, DESCRIPTOR)
+            part, b_a, b_z = in_one_layout(parts[i], b_a.to(tl.float32), b_z.to(tl.float32))
+            b_hid, by_a, by_z = gate_with_grad(b_a, b_z, beta, limit, offset, ACTIVATION)
+            store_halves(dadz, stride_am, m, column, M, H, part * by_a, part * by_z, DESCRIPTOR)
+            if hid is not None:
+                store_tile(hid, stride_hm, m, column, M, H, b_hid, DESCRIPTOR)
+            if dbeta_ptr is not None:
+                dbeta += tl.sum(gate_grad_beta(part, b_a, b_z, beta, limit, offset, ACTIVATION), 1)
+        if dbeta_ptr is not None:  # one part per tile; the launcher sums the parts in order
+            tl.store(dbeta_ptr + tile, tl.sum(dbeta))
 
 
 @triton.jit
@@ -160,11 +169,16 @@ def gate_backward_kernel(
     m = tl.program_id(0) // tiles_h * BLOCK_M
     h = tl.program_id(0) % tiles_h * BLOCK_H
     b_dhid = load_tile(dhid, stride_gm, stride_gh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
-    gate_backward_tile(
-        b_dhid, m, h, tl.program_id(0),
-        a, stride_am, stride_ah, z, stride_zm, stride_zh, da, dz, stride_dm, hid, stride_hm,
-        dbeta_ptr, beta, limit, offset, M, H, ACTIVATION, False,
-    )  # fmt: skip
+    b_a = load_tile(a, stride_am, stride_ah, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    b_z = load_tile(z, stride_zm, stride_zh, m, h, M, H, BLOCK_M, BLOCK_H, False).to(tl.float32)
+    b_hid, by_a, by_z = gate_with_grad(b_a, b_z, beta, limit, offset, ACTIVATION)
+    store_tile(da, stride_dm, m, h, M, H, b_dhid * by_a, False)
+    store_tile(dz, stride_dm, m, h, M, H, b_dhid * by_z, False)
+    if hid is not None:
+        store_tile(hid, stride_hm, m, h, M, H, b_hid, False)
+    if dbeta_ptr is not None:  # one part per tile; the launcher sums the parts in order
+        dbeta = gate_grad_beta(b_dhid, b_a, b_z, beta, limit, offset, ACTIVATION)
+        tl.store(dbeta_ptr + tl.program_id(0), tl.sum(dbeta))
 
 
 def row_blocks(x: Tensor, h: int) -> list[slice]:
@@ -206,13 +220,13 @@ def gate_forward(
             m, h, d,
             ACTIVATION=gate_of.activation, PRECISION=via.precision(x.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_D=tile.block_k, GROUP_M=tile.group_m,
-            **tile.launch(),
+            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch), **tile.launch(),
         )  # fmt: skip
         return hid, az
 
     if m * h == 0:
         return run(config.LIBRARY)
-    tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, d, descriptor)
+    tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, h, d, descriptor, config.processors(x.device))
     return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 
 
@@ -281,6 +295,7 @@ def _fused_backward(
     """Write dadz and hid from dy [M, o]; return the tiles' parts of dbeta."""
     (m, o), h = dy.shape, p.shape[1]
     (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
+    halves = az.view(m, 2, h), dadz.view(m, 2, h)
     arch = config.architecture(az.device)
     matrices = (dy, p, a, z, da, dz) + (() if hid is None else (hid,))
     descriptor = config.has_descriptors(arch) and via.describable(*matrices)
@@ -290,21 +305,21 @@ def _fused_backward(
             return _gate_parts(dy @ p, a, z, gate_of, da, dz, hid, need_beta)
         into = (tile.block_m, tile.block_n // SUBTILES.value)
         tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n)
-        parts = az.new_empty(tiles * SUBTILES.value, dtype=torch.float32) if need_beta else None
+        parts = az.new_empty(tiles, dtype=torch.float32) if need_beta else None
         gated_backward_kernel[(via.programs(tile, m, h, az.device),)](
             via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
-            *(via.described(t, into, descriptor) for t in (a, z, da, dz)), 2 * h,
+            *(via.described(t, (into[0], 2, into[1]), descriptor) for t in halves), 2 * h,
             via.described(hid, into, descriptor), h,
             parts, *_numbers(gate_of),
             m, h, o,
             ACTIVATION=gate_of.activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
-            **tile.launch(),
+            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch), **tile.launch(),
         )  # fmt: skip
         return parts
 
-    tiles = config.gated("gated_backward_kernel", arch, az.dtype, m, o, descriptor)
+    tiles = config.gated("gated_backward_kernel", arch, az.dtype, m, h, o, descriptor, config.processors(az.device))
     return via.launch("gated_backward_kernel", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
 
 

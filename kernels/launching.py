@@ -50,9 +50,9 @@ def scalar(t: Tensor | None) -> Tensor | None:
 
 
 def programs(tile: Tile, m: int, n: int, device: torch.device) -> int:
-    """Programs of a persistent kernel over the tiles of an [m, n] output."""
+    """Programs of a kernel that loops over the tiles of an [m, n] output."""
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    return min(tiles, config.processors(device) * tile.blocks_per_sm)
+    return min(tiles, config.processors(device) * tile.blocks_per_sm) if tile.blocks_per_sm else tiles
 
 
 def launch(

@@ -20,7 +20,13 @@ class _Launched:
 
 @dataclass(frozen=True)
 class Tile(_Launched):
-    """A GEMM tile: `block_m` rows by `block_n` columns of the output, `block_k` of the contraction at a time."""
+    """A GEMM tile: `block_m` rows by `block_n` columns of the output, `block_k` of the contraction at a time.
+
+    Attributes:
+        blocks_per_sm: programs of a persistent kernel on each multiprocessor; 0: a program for each tile, of which the
+            device then runs as many at once as fit.
+        registers: that a thread may use at most, for blocks_per_sm programs to fit; 0: as many as the compiler wants.
+    """
 
     block_m: int
     block_n: int
@@ -29,6 +35,11 @@ class Tile(_Launched):
     stages: int
     group_m: int = 8
     blocks_per_sm: int = 1
+    registers: int = 0
+
+    def launch(self, fp_fusion: bool = True) -> dict[str, int]:
+        """Compiler options, of which a bound on registers is given only where there is one."""
+        return super().launch(fp_fusion) | ({"maxnreg": self.registers} if self.registers else {})
 
     def shared_memory(self, rows: int, itemsize: int) -> int:
         """Bytes of the pipelined operands: `rows` rows of block_k elements in every stage."""

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.target_info import is_cuda
 
 # The interpreter computes bf16 on raw bits, wrongly; there every tile is widened as it is loaded.
 INTERPRET = tl.constexpr(knobs.runtime.interpret)
@@ -41,7 +42,7 @@ def narrow(tile, dtype: tl.constexpr):
     if INTERPRET and dtype == tl.bfloat16:
         bits = tile.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        tile = tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), tile)
+        tile = tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), float("nan"))
     return tile.to(dtype)
 
 
@@ -58,6 +59,32 @@ def store_tile(dst, stride_r, row, col, rows, cols, tile, DESCRIPTOR: tl.constex
 
 
 @triton.jit
+def load_halves(
+    src, stride_r, row, col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, DESCRIPTOR: tl.constexpr
+):
+    """The tiles at (row, col) of both halves of a matrix [rows, 2, cols], zero outside."""
+    if DESCRIPTOR:
+        both = src.load([row, 0, col])
+        if INTERPRET:
+            both = both.to(tl.float32)
+        first, second = both.permute(0, 2, 1).split()
+    else:
+        first = load_tile(src, stride_r, 1, row, col, rows, cols, BLOCK_R, BLOCK_C, False)
+        second = load_tile(src + cols, stride_r, 1, row, col, rows, cols, BLOCK_R, BLOCK_C, False)
+    return first, second  # [BLOCK_R, BLOCK_C]
+
+
+@triton.jit
+def store_halves(dst, stride_r, row, col, rows, cols, first, second, DESCRIPTOR: tl.constexpr):
+    """Store tiles at (row, col) of both halves of a matrix [rows, 2, cols], clipped to it."""
+    if DESCRIPTOR:
+        dst.store([row, 0, col], narrow(tl.join(first, second), dst.dtype).permute(0, 2, 1))
+    else:
+        store_tile(dst, stride_r, row, col, rows, cols, first, False)
+        store_tile(dst + cols, stride_r, row, col, rows, cols, second, False)
+
+
+@triton.jit
 def column_halves(tile):
     """[BLOCK_R, 2 n] -> two [BLOCK_R, n], in registers."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
@@ -70,3 +97,21 @@ def column_quarters(tile):
     first, second = column_halves(left)
     third, fourth = column_halves(right)
     return first, second, third, fourth
+
+
+@triton.jit
+def column_eighths(tile):
+    """[BLOCK_R, 8 n] -> eight [BLOCK_R, n], from left to right."""
+    left, right = column_halves(tile)
+    return column_quarters(left) + column_quarters(right)
+
+
+@triton.jit
+def in_one_layout(x, y, z):
+    """Three fp32 tiles as they are, of which the compiler then computes whatever depends on them once."""
+    if not INTERPRET and is_cuda():
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $3; mov.b32 $1, $4; mov.b32 $2, $5;", "=&f,=&f,=&f,f,f,f", [x, y, z],
+            (tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return x, y, z

@@ -27,6 +27,8 @@ def interprets(expression: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if interprets(config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    if getattr(config.option, "dist", "no") == "load":  # pytest -n: tests that share a launch run in one process
+        config.option.dist = "loadgroup"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,6 +53,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def _ops_even_where_eager_is_faster(monkeypatch):
     """The tests' layers are small: without this most would compare eager PyTorch with itself."""
     monkeypatch.setattr(limits, "small_on_cpu", -1)
+    monkeypatch.setattr(limits, "kept_masks", -1)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +70,9 @@ def small_limits(monkeypatch):
     """Blocks of a few elements, so that the loops of a small test run several times."""
     sizes = {
         "block": 12, "cached_bytes": 100, "gradient_bytes": 1, "gradient_rows": 3, "khatri_rao": 30, "pair_rows": 2,
-        "product": 12, "loop_max": 3, "scores": 24, "matrices": 110, "candidates": 2, "features": 0, "eigenvectors": 8,
-        "neurons": 2, "gram_neurons": 2, "draws": 6, "device_draws": 6, "slab": 24, "band": 10, "active_rows": 20,
+        "product": 12, "loop_max": 3, "scores": 24, "matrices": 110, "candidates": 2, "at_once": 0, "features": 0,
+        "eigenvectors": 8, "neurons": 2, "gram_neurons": 2, "draws": 6, "device_draws": 6, "slab": 24, "band": 10,
+        "active_rows": 20, "kept_masks": -1,
         "gate_elements": 8, "gate_columns": 4,
         "small_on_cpu": -1,
     }  # fmt: skip

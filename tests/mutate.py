@@ -1,11 +1,15 @@
 """Break the code on purpose, one mistake at a time, and see whether the tests notice.
 
-    python tests/mutate.py [--room NAME ...] [--draw 10] [--seed 0] [--list] [--out FILE]
+    python tests/mutate.py [--room NAME ...] [--draw 10] [--seed 0] [--list] [--out FILE] [--reach FILE]
 
 Every room has sources and tests. The sites of a room are the places of its sources where one realistic mistake fits: a
 comparison off by one, an operator exchanged, a constant off by one, two arguments swapped, a statement dropped, a
 condition negated. The script draws sites with a fixed seed, applies one at a time to a copy of the tree, and runs the
 room's tests and the tests that all ops share. A mutation that no test notices is printed as a survivor.
+
+First the tests run once unchanged and record which functions each of them calls (`reach.py`); --reach keeps the records
+for later runs. A mutation inside a function is then tried with the tests that call this function, that read its file or
+that start a process, the fastest first; one outside functions, or in a function that no test calls, with all tests.
 """
 
 from __future__ import annotations
@@ -24,29 +28,86 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import reach
+
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_TESTS = ("tests/test_contract.py", "tests/test_errors.py")
-SECONDS = 900  # a test run that takes longer has noticed: the mutation does not end
+SHARED_TESTS = (
+    "tests/test_blocks.py",
+    "tests/test_contract.py",
+    "tests/test_errors.py",
+    "tests/test_first_order.py",
+    "tests/test_options.py",
+    "tests/test_rooms.py",
+)
 
 # room: (sources, tests); a family's sources and tests are found by their names
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gated": (("bilinear_ops/**/gated.py",), ("tests/test_gated*.py",)),
     "interaction": (("bilinear_ops/**/interaction/*.py",), ("tests/test_interaction*.py",)),
     "rank1": (("bilinear_ops/**/rank1/*.py",), ("tests/test_rank1*.py",)),
-    "kernels": (("kernels/**/*.py",), ("tests/test_*_kernels.py", "tests/test_rank1*.py", "tests/test_tuning.py")),
+    "kernels": (
+        ("kernels/**/*.py",),
+        ("tests/test_gated*.py", "tests/test_*_kernels.py", "tests/test_rank1*.py", "tests/test_precision.py")
+        + ("tests/test_tuning.py", "tests/test_config.py", "tests/test_launches.py", "tests/test_accumulators.py")
+        + ("tests/test_compiled.py",),
+    ),
     "shared": (
-        ("bilinear_ops/_*.py", "bilinear_ops/composite/blockwise.py", "bilinear_ops/testing.py"),
-        ("tests/test_gated.py", "tests/test_interaction_entries.py", "tests/test_rank1_contract.py"),
+        ("bilinear_ops/_*.py", "bilinear_ops/gates.py", "bilinear_ops/results.py", "bilinear_ops/testing.py")
+        + (
+            "bilinear_ops/composite/blockwise.py",
+            "bilinear_ops/composite/limits.py",
+            "bilinear_ops/reference/__init__.py",
+        ),
+        ("tests/test_gated.py", "tests/test_interaction_entries.py", "tests/test_rank1_contract.py")
+        + ("tests/test_results.py", "tests/test_pickles.py", "tests/test_distributed.py"),
     ),
     "analysis": (("bilinear_ops/analysis/**/*.py",), ("tests/test_analysis*.py",)),
-    "modules": (("bilinear_ops/nn.py", "bilinear_ops/nn/*.py"), ("tests/test_nn*.py",)),
+    "modules": (("bilinear_ops/nn/*.py", "bilinear_ops/init.py"), ("tests/test_nn*.py", "tests/test_init.py")),
+    "integrations": (
+        ("bilinear_ops/integrations/*.py",),
+        ("tests/test_integrations*.py", "tests/test_distributed.py"),
+    ),
     "plots": (("bilinear_ops/plots.py",), ("tests/test_plots.py",)),
     "command": (
         ("bilinear_ops/demo.py", "bilinear_ops/environment.py", "bilinear_ops/tuning.py", "bilinear_ops/__main__.py"),
         ("tests/test_cli.py", "tests/test_tuning.py"),
     ),
     "bench": (("bench/*.py", "bench/harness/*.py"), ("tests/test_bench*.py",)),
-    "static": (("bench/static/*.py",), ("tests/test_static*.py", "tests/test_sanitize.py")),
+    "static": (
+        ("bench/static/*.py",),
+        ("tests/test_static*.py", "tests/test_sanitize.py", "tests/test_compiled.py"),
+    ),
+}
+
+# (file, the line with the mistake): why nothing is wrong with it
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "bench/report.py",
+        'facts = (*dtypes[: len(dtypes) == 1], clock, *versions, " to ".join(dates[:: (max(len(dates) - 1, 1))]))',
+    ): "the maximum is symmetric",
+    (
+        "bilinear_ops/analysis/eigen/krylov.py",
+        "(torch.maximum(vector_norm(y, dim=2), scale, out=scale))",
+    ): "the maximum is symmetric",
+    ("bench/bench_rank1.py", '("cpu", "tiny"): [(33, 24, 41, 48)],'): "a size of a workload is as good as the next",
+    ("bench/bench_interaction.py", '"tiny": [(3, 60, 70, 3)],'): "a size of a workload is as good as the next",
+    ("bilinear_ops/demo.py", "BATCH = 129"): "a setting of the demo's training, as good as the next",
+    (
+        "bilinear_ops/composite/limits.py",
+        "gradient_rows: int = 129  # for each thread, at least: fewer make the library's products slow",
+    ): "results do not depend on sizes of blocks, as tests/test_blocks.py shows",
+    (
+        "bilinear_ops/plots.py",
+        "lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=4, linewidth=1.2, **style)",
+    ): "the size of a marker is a matter of taste",
+    (
+        "bilinear_ops/plots.py",
+        "axes.legend(frameon=False, fontsize=9, ncols=1 + len(lines) // 8)",
+    ): "the size of letters is a matter of taste",
+    (
+        "kernels/config.py",
+        'tiles={"any": {RowTile(8, 128, 4, 4): Compiled("sm_90 sparse_dots_kernel [float32]", "registers", 40)}},',
+    ): "stages of a pipeline change no result: a benchmark must choose them",
 }
 
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
@@ -91,6 +152,8 @@ def sites(path: Path, root: Path = ROOT) -> Iterator[Site]:
 
 
 def _mistakes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    if not isinstance(node, ast.Compare | ast.BinOp | ast.Constant | ast.Call | ast.IfExp | ast.AugAssign | ast.Expr):
+        return
     changed = copy.deepcopy(node)
     if isinstance(changed, ast.Compare) and type(changed.ops[0]) in COMPARISONS:
         changed.ops[0] = COMPARISONS[type(changed.ops[0])]()
@@ -128,23 +191,66 @@ def draw(room: str, count: int, seed: int) -> list[Site]:
     return random.Random(f"{seed} {room}").sample(found, min(count, len(found)))
 
 
-def noticed(site: Site, tests: list[str], tree: Path) -> bool:
-    """Whether the tests fail on a tree with this mistake."""
+def records(tests: list[str], tree: Path) -> dict[str, dict]:
+    """What each test calls and how long it takes, on a tree without mistakes."""
+    file = tree / "reach.json"
+    done = _pytest(tests, tree, None, REACH_RECORD=str(file))
+    if done.returncode:
+        raise RuntimeError(f"the tests fail without any mistake:\n{done.stdout[-3000:]}")
+    return json.loads(file.read_text())
+
+
+def chosen(site: Site, found: dict[str, dict], root: Path = ROOT) -> list[str]:
+    """The tests that can notice a mistake, the fastest first."""
+    source = (root / site.path).read_text()
+    name = reach.enclosing(source, site.line)
+    place = f"{site.path}::{name}"
+    if name is None or not any(place in record["functions"] for record in found.values()):
+        names = list(found)
+    else:
+        names = [
+            test
+            for test, record in found.items()
+            if place in record["functions"] or site.path in record["files"] or record["process"]
+        ]
+    return sorted(names, key=lambda test: found[test]["seconds"])
+
+
+def equivalent(site: Site, root: Path = ROOT) -> str | None:
+    """Why a mistake changes nothing that anyone promises, if that is known."""
+    return EQUIVALENT.get((site.path, changed_line(site, root)))
+
+
+def changed_line(site: Site, root: Path = ROOT) -> str:
+    """The line of a site, with the mistake."""
+    return _changed((root / site.path).read_bytes(), site).decode().splitlines()[site.line - 1].strip()
+
+
+def _changed(source: bytes, site: Site) -> bytes:
+    return source[: site.start] + site.after.encode() + source[site.stop :]
+
+
+def noticed(site: Site, tests: list[str], tree: Path, seconds: float = 900) -> bool:
+    """Whether the tests, in this order, fail on a tree with this mistake, or do not end."""
     path = tree / site.path
     source = path.read_bytes()
-    path.write_bytes(source[: site.start] + site.after.encode() + source[site.stop :])
+    path.write_bytes(_changed(source, site))
+    order = tree / "order.json"
+    order.write_text(json.dumps(tests))
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(command, cwd=tree, env=_environment(tree), capture_output=True, timeout=SECONDS)
-        return done.returncode != 0
+        files = sorted({test.partition("::")[0] for test in tests})
+        return _pytest(files, tree, seconds, REACH_RUN=str(order)).returncode != 0
     except subprocess.TimeoutExpired:
         return True
     finally:
         path.write_bytes(source)
 
 
-def _environment(tree: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+def _pytest(tests: list[str], tree: Path, seconds: float | None, **options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "reach", *tests]
+    path = os.pathsep.join((str(tree), str(tree / "tests"), str(ROOT / "tests")))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **options}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -155,27 +261,44 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the drawn mutations and run nothing")
     parser.add_argument("--out", type=Path, help="append a JSON line for each mutation")
+    parser.add_argument("--reach", type=Path, help="keep the tests' records here, and read those kept before")
     arguments = parser.parse_args(words)
+    kept = json.loads(arguments.reach.read_text()) if arguments.reach and arguments.reach.exists() else {}
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
         shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
         for room in arguments.room:
+            drawn = draw(room, arguments.draw, arguments.seed)
+            if arguments.list:
+                print(*(_place(room, site) for site in drawn), sep="\n")
+                continue
             tests = [str(p.relative_to(ROOT)) for p in files((*ROOMS[room][1], *SHARED_TESTS))]
-            for site in draw(room, arguments.draw, arguments.seed):
-                place = f"{room}: {site.path}:{site.line} {site.kind}: {site.before!r} -> {site.after!r}"
-                if arguments.list:
-                    print(place)
+            for test in tests:
+                if test not in kept:
+                    kept[test] = records([test], tree)
+                    if arguments.reach:
+                        arguments.reach.write_text(json.dumps(kept))
+            found = {name: record for test in tests for name, record in kept[test].items()}
+            for site in drawn:
+                if reason := equivalent(site):
+                    print("EQUIVALENT", _place(room, site), f"({reason})", flush=True)
                     continue
-                found = noticed(site, tests, tree)
-                survivors += not found
-                print("noticed " if found else "SURVIVED", place, flush=True)
+                names = chosen(site, found)
+                # a run that takes far longer has noticed: the mistake does not end
+                seen = noticed(site, names, tree, 120 + 3 * sum(found[name]["seconds"] for name in names))
+                survivors += not seen
+                print("noticed " if seen else "SURVIVED", _place(room, site), flush=True)
                 if arguments.out:
                     with arguments.out.open("a") as file:
-                        file.write(json.dumps({"room": room, "noticed": found, **asdict(site)}) + "\n")
+                        file.write(json.dumps({"room": room, "noticed": seen, **asdict(site)}) + "\n")
     print(f"{survivors} survived")
     return survivors > 0
+
+
+def _place(room: str, site: Site) -> str:
+    return f"{room}: {site.path}:{site.line} {site.kind}: {site.before!r} -> {site.after!r}"
 
 
 if __name__ == "__main__":

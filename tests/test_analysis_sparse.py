@@ -89,7 +89,7 @@ def test_empty(d, h, o, terms):
 
 def test_errors():
     w, v, p = layer(4, 6, 3)
-    for terms, options in ((-1, {}), (2, {"steps": -1}), (2, {"penalty": -1.0}), (2, {"penalty": float("nan")})):
+    for terms, options in ((-1, {}), (2, {"steps": -1}), (2, {"penalty": -1.0})):
         with pytest.raises(ValueError, match="terms, steps and penalty must not be negative"):
             analysis.sparse_decompose(w, v, p, terms, **options)
     with pytest.raises(ValueError, match="restarts must be at least 1, got 0"):

@@ -106,6 +106,16 @@ def test_conjugate_directions_save_steps():
     assert (missed < 0.01 * missed_alone).all()
 
 
+def test_a_climb_ends_after_two_steps_that_gain_nothing(monkeypatch):
+    steps = []
+    step = strongest._next_maximum
+    monkeypatch.setattr(strongest, "_next_maximum", lambda *y: steps.append(len(y[0])) or step(*y))
+    w = torch.eye(3).double()
+    summits = w[:2]
+    close(strongest._climb(summits, w, w, w, 10, 0.0), summits)
+    assert steps == [2, 2]
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_any_scale_of_the_layer(scale):
     """Its strengths' squares leave the range of float32, in which climbs are chosen."""

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilinear_ops as bo
-from bench import bench_analysis, bench_interaction
+from bench import bench_analysis, bench_gated, bench_interaction
 from bench.harness.workload import Workload, workloads
 
 WORKLOADS = {str(w): w for w in workloads(torch.device("cpu"), "tiny")}
@@ -63,6 +63,8 @@ def directions(workload: Workload) -> int:
 def ranking(workload: Workload) -> int:
     """Per output its matrix, then the basis on both sides of it, half of which is the other half's mirror image; or
     the product of w's and v's features, which has no symmetry."""
+    if "small" in workload.case:
+        return by("eager")(workload)
     w, v, c, basis = workload.inputs(0)
     fw, fv = w @ basis, v @ basis
     square, wide = w.t() @ v, basis.t() @ (w.t() @ v)
@@ -80,6 +82,8 @@ def spectrum(workload: Workload) -> int:
 
 def stochastic(workload: Workload) -> int:
     """Forward: acts, x W^T and a product per sample. Backward: d acts, d write per sample, and d read."""
+    if "alone" in workload.case:
+        return by("eager")(workload)
     read, write, gates, x, weight, dy = workload.inputs(0)
     acts, y = x @ read, dy[0]
 
@@ -106,8 +110,15 @@ def networks(workload: Workload) -> int:
     return m * c * hidden * (sum(forward.values()) + sum(backward.values()))
 
 
+def llama(workload: Workload) -> int:
+    """PyTorch does not count the attention of CPUs: two products forward and four backward, half of each masked."""
+    m, d, _, layers = workload.shape.values()
+    return by("eager")(workload) + layers * 6 * m * m * d
+
+
 FLOPS: dict[str, Callable[[Workload], int]] = {
     "gated_mlp": by("eager"),
+    "GatedMLP": by("eager"),
     "interaction_matrices [coefficients]": by("eager"),
     "interaction_matrices [directions]": directions,
     "interaction_topk": ranking,
@@ -120,6 +131,7 @@ FLOPS: dict[str, Callable[[Workload], int]] = {
     "rank1_sparse": sparse,
     "rank1_accumulate": by("eager"),
     "component_gates": networks,
+    "llama": llama,
 }
 
 
@@ -138,6 +150,8 @@ def results(workload: Workload) -> tuple[Tensor, ...]:
     if workload.op == "cp_decompose":
         fit = bo.analysis.cp_decompose(*inputs[:3], bench_analysis.RANK, steps=1)
         return fit.w, fit.v, fit.p
+    if workload.op == "interaction_topk" and "small" in workload.case:
+        return tuple(bo.interaction_topk(*inputs, bench_interaction.SMALL_STRONGEST))
     if workload.op == "interaction_topk":
         w, v, c, basis = inputs
         return tuple(bo.interaction_topk(w, v, c, bench_interaction.STRONGEST, scope="global", basis=basis))
@@ -152,3 +166,22 @@ def test_bytes_are_those_of_inputs_and_results(name: str) -> None:
     workload = WORKLOADS[name]
     read = workload.inputs(0)[: 3 if workload.op == "cp_decompose" else None]  # the rest evaluates the fit
     assert workload.bytes == sum(t.nbytes for t in (*read, *results(workload)))
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack", "start"),
+    (
+        (bench_gated._pack, bench_gated._unpack, ("v0", "v1")),
+        (bench_gated._pack_rows, bench_gated._unpack_rows, ("v0", "w0")),
+    ),
+    ids=("one after the other", "row by row"),
+)
+def test_packed_weights_come_back(pack: Callable[..., Any], unpack: Callable[..., Any], start: tuple[str, str]) -> None:
+    """As peers take them: the gated weight first."""
+    rows = {f"{name}{i}": torch.randn(4) for name in "wv" for i in range(3)}
+    x, dy = torch.randn(2, 4), torch.randn(2, 5)
+    w, v = (torch.stack([rows[f"{name}{i}"] for i in range(3)]) for name in "wv")
+    _, packed, *_ = pack(x, w, v, dy)
+    assert torch.equal(packed[:2], torch.stack([rows[name] for name in start]))
+    for found, given in zip(unpack(x, packed, dy), (x, w, v, dy), strict=True):
+        assert torch.equal(found, given)

@@ -1,6 +1,7 @@
 """Loops over blocks: values and gradients where every loop takes several."""
 
 import ast
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -13,7 +14,7 @@ from op_cases import CASES, double, layer
 import bilinear_ops as bo
 from bilinear_ops.composite import blockwise
 from bilinear_ops.composite.interaction import forms
-from bilinear_ops.composite.limits import Limits
+from bilinear_ops.composite.limits import Limits, limits
 from bilinear_ops.testing import gradients
 
 ROOT = Path(bo.__file__).parent
@@ -72,9 +73,32 @@ def test_moments_over_several_blocks(basis, taken):
     assert max(taken.values()) >= 2, taken
 
 
+def analyses():
+    """What the analyses with blocks of their own find."""
+    torch.manual_seed(0)
+    w, v, c = layer(outputs=4)
+    x, target, p = double(9, 5), double(9, 4), double(4, 6)
+    eig = bo.analysis.interaction_eigh(w, v, c, 3, method="dense")
+    active = torch.arange(18).view(9, 2) % 4
+    yield from bo.analysis.truncation_correlation(x, eig, active, target[:, :2])
+    yield bo.analysis.truncation_curve(x, eig, target)
+    yield bo.analysis.layer_distance(w, v, p, w + 1, v, p)
+
+
+def test_analyses_over_several_blocks(taken):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in vars(Limits()).items():
+            patch.setattr(limits, name, size)
+        expected = list(analyses())
+        assert not any(place.startswith("analysis") and most > 1 for place, most in taken.items())
+    for got, gold in zip(analyses(), expected, strict=True):
+        torch.testing.assert_close(got, gold, rtol=1e-9, atol=1e-9)
+    assert max(most for place, most in taken.items() if place.startswith("analysis")) >= 2, taken
+
+
 def loops():
-    """Where the composites cut a range, as `taken` counts it."""
-    for path in sorted((ROOT / "composite").rglob("*.py")):
+    """Where the composites and the analyses cut a range, as `taken` counts it."""
+    for path in sorted([*(ROOT / "composite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CUTS:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -85,6 +109,7 @@ def test_every_loop_takes_several_blocks(taken):
         y = f(bo, *(t.detach().requires_grad_() for t in tensors))
         y.sum().backward()
     moments(double(5, 7))
+    list(analyses())
     assert len(set(loops())) > 20
     assert {place: taken[place] for place in loops() if taken[place] < 2} == {}
 
@@ -127,3 +152,10 @@ def test_sizes_stand_in_the_record_alone():
 
 def test_the_record_holds_numbers_only():
     assert all(type(size) is int for size in vars(Limits()).values())
+
+
+def test_sizes_are_as_large_as_their_comments_say():
+    source = (ROOT / "composite/limits.py").read_text()
+    said = re.findall(r"^    (\w+): int = .* # .*?(\d+) Mi?B in fp32", source, re.M)
+    assert len(said) >= 7
+    assert {name: 4 * getattr(Limits(), name) for name, _ in said} == {name: int(size) << 20 for name, size in said}

@@ -198,7 +198,9 @@ def test_demo_times_are_not_swapped(monkeypatch, capsys):
     monkeypatch.setattr(demo, "describe_interactions", lambda *_: None)
     cli.main(["demo", "--epochs", "0", "--device", "cpu"])
     line = "the trained layer, 4000 rows: ours 1000.00 ms  eager 2000.00 ms  eager / ours 2.00\n"
-    assert line in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert line in out
+    assert "\nWhat ran where: everything on cpu" in out and "PyTorch did the work and no Triton kernel ran" in out
 
 
 def test_demo_fails_on_low_accuracy(monkeypatch, capsys):

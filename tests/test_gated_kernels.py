@@ -132,19 +132,52 @@ def test_table_sends_each_case_down_its_path(monkeypatch):
     """fp32 stays with the library unless TF32 was opted in to; every fused tile fits its device."""
     half, single, forward = torch.bfloat16, torch.float32, "gated_forward_kernel"
     record = config.KERNELS[forward]
-    assert config.gated(forward, "sm_90", half, 4096, 1024, True) == tuple(record.tiles["sm_90"])
-    assert config.gated(forward, "sm_90", half, 4096, 1024, False) == tuple(record.pointers)
-    assert config.gated(forward, "sm_86", half, 4096, 1024, False) == tuple(record.tiles["sm_120"])
-    assert config.gated(forward, "sm_90", single, 4096, 1024, True) == (config.LIBRARY,)
-    for sizes in ((64, 1024), (4096, 4096)):
-        assert config.gated(forward, "sm_90", half, *sizes, True) == (config.LIBRARY,)
+
+    def choice(kernel, arch, dtype, m=4096, n=2048, k=1024, descriptors=True, multiprocessors=132):
+        return config.gated(kernel, arch, dtype, m, n, k, descriptors, multiprocessors)
+
+    assert choice(forward, "sm_90", half) == tuple(record.tiles["sm_90"])
+    assert choice(forward, "sm_90", half, descriptors=False) == tuple(record.pointers) == (config.LIBRARY,)
+    assert choice(forward, "sm_86", half, descriptors=False) == tuple(record.tiles["sm_120"])
+    assert choice(forward, "sm_90", single) == (config.LIBRARY,)
+    assert choice(forward, "sm_90", half, k=4096) == (config.LIBRARY,)
     for kernel in (forward, "gated_backward_kernel"):
         for arch in config.SHARED_MEMORY:
-            assert config.LIBRARY not in config.gated(kernel, arch, half, 65, 4095, False)
+            assert config.LIBRARY not in choice(kernel, arch, half, k=4095)
     monkeypatch.setattr(config, "tf32_allowed", lambda: True)
-    assert config.LIBRARY not in config.gated(forward, "sm_90", single, 4096, 1024, True)
-    assert config.gated(forward, "sm_120", single, 4096, 1024, True) == (config.LIBRARY,)
-    assert config.gated("gated_backward_kernel", "sm_100", single, 4096, 1024, True) == (config.LIBRARY,)
+    assert config.LIBRARY not in choice(forward, "sm_90", single)
+    assert choice(forward, "sm_120", single) == (config.LIBRARY,)
+    assert choice("gated_backward_kernel", "sm_100", single) == (config.LIBRARY,)
+
+
+def test_few_tiles_take_smaller_ones_or_the_library():
+    """By tiles against multiprocessors: at least one tile for every two of them."""
+    large, small = config.KERNELS["gated_forward_kernel"].tiles["sm_90"]  # 128 rows by 128 and by 64 columns
+
+    def choice(m, n, multiprocessors):
+        return config.gated("gated_forward_kernel", "sm_90", torch.bfloat16, m, n, 512, True, multiprocessors)
+
+    assert choice(128, 1024, 16) == (large, small)
+    assert choice(128, 1024, 17) == (small,) == choice(128, 1024, 32)
+    assert choice(128, 1024, 33) == (config.LIBRARY,)
+    assert choice(129, 1024, 32) == (large, small)
+    assert choice(16, 1024 * 4, 64) == (large, small)  # few tokens of a wide layer are no few tiles
+
+
+def test_programs_of_a_grid(monkeypatch):
+    monkeypatch.setattr(config, "processors", lambda device: 4)
+    for blocks, programs in ((1, 4), (2, 8), (0, 15)):
+        assert via.programs(config.Tile(16, 16, 16, 4, 1, blocks_per_sm=blocks), 33, 80, None) == programs
+    assert via.programs(config.Tile(16, 16, 16, 4, 1), 16, 33, None) == 3
+    assert "maxnreg" not in config.Tile(16, 16, 16, 4, 1).launch()
+    assert config.Tile(16, 16, 16, 4, 1, registers=128).launch()["maxnreg"] == 128
+
+
+def test_warps_are_specialised_on_one_architecture_unless_switched_off(monkeypatch):
+    monkeypatch.delenv("BILINEAR_OPS_WARP_SPECIALIZE", raising=False)
+    assert [arch for arch in config.SHARED_MEMORY if config.warp_specialized(arch)] == ["sm_100"]
+    monkeypatch.setenv("BILINEAR_OPS_WARP_SPECIALIZE", "0")
+    assert not config.warp_specialized("sm_100")
 
 
 @pytest.mark.parametrize("spelling", ("new", "old"))

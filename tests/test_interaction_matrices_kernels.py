@@ -116,12 +116,22 @@ def test_streaming_and_ranking_use_the_kernels(monkeypatch):
     torch.testing.assert_close(moments.fourths, bo.interaction_moments(w, v, c).fourths)
 
 
-def test_table_sends_each_case_down_its_path():
+def test_the_order_of_contraction_takes_the_fewest_products():
+    pairs, directions = (config.KERNELS[f"interaction_{name}_kernel"] for name in ("pairs", "direction"))
+
+    def choice(arch, k, dtype=torch.bfloat16):
+        (tile,) = config.interaction_matrices(arch, dtype, k)
+        return tile
+
     for arch in config.SHARED_MEMORY:
         for dtype in (torch.bfloat16, torch.float32):
-            assert isinstance(config.interaction_matrices(arch, dtype, 8, 2048)[0], config.Tile)
-            assert isinstance(config.interaction_matrices(arch, dtype, 512, 2048)[0], config.PairTile)
-            assert config.interaction_matrices(arch, dtype, 512, 8192) == (config.LIBRARY,)
-    few = config.KERNELS["interaction_direction_kernel"]
-    assert config.interaction_matrices("sm_90", torch.float32, 16, 64) == tuple(few.fp32["sm_90"])
-    assert isinstance(config.interaction_matrices("sm_90", torch.float32, 17, 64)[0], config.PairTile)
+            assert isinstance(choice(arch, 8, dtype), config.Tile)
+            assert isinstance(choice(arch, 512, dtype), config.PairTile)
+    wide, narrow = pairs.tiles["sm_90"]
+    assert (wide.block_k, narrow.block_k) == (256, 128)
+    (alone,) = directions.tiles["sm_90"]
+    found = [choice("sm_90", k) for k in (17, 63, 64, 128, 129, 256, 257, 384, 385)]
+    assert found == [alone, alone, narrow, narrow, wide, wide, narrow, narrow, wide]
+    assert isinstance(choice("sm_80", 31), config.Tile) and isinstance(choice("sm_80", 32), config.PairTile)
+    assert choice("sm_90", 16, torch.float32) in directions.fp32["sm_90"]
+    assert choice("sm_90", 512, torch.float32) in pairs.fp32["sm_90"]

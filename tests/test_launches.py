@@ -139,14 +139,6 @@ SHARED_TILES = "more than 48 outputs without a basis"
 
 # Branches without a kernel: how to build the call, and what the error says.
 REFUSED = {
-    "interaction_matrices, left to PyTorch": (
-        partial(matrices, 512, d=2, h=8192),
-        TO_PYTORCH,
-    ),
-    "interaction_moments, left to PyTorch": (
-        partial(moments, 512, d=2, h=8192),
-        TO_PYTORCH,
-    ),
     "interaction_topk, K = 64": (partial(topk, 64), SHARED_TILES),
     "interaction_topk, K = 64, low rank": (partial(topk, 64, directions=2), SHARED_TILES),
     "interaction_topk, K = 64, global": (partial(topk, 64, scope="global"), SHARED_TILES),
@@ -157,6 +149,13 @@ REFUSED = {
     "interaction_topk, diagonals": (partial(topk, 3, score="self"), 'score="self" reads diagonals'),
     "rank1_linear, no mask": (rank1, "without mask, delta and routing"),
 }
+
+
+@pytest.mark.parametrize("build", (matrices, moments))
+def test_what_a_choice_leaves_to_pytorch_raises(build):
+    call = build(64)
+    with tuning.using(interaction_matrices=config.LIBRARY), pytest.raises(RuntimeError, match=TO_PYTORCH):
+        call(impl="triton")
 
 
 @pytest.fixture(params=ARCHITECTURES)

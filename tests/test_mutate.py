@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mutate
 import pytest
+import reach
 
 SOURCE = """
 def f(a, b):
@@ -39,16 +40,75 @@ def test_sites(tmp_path: Path) -> None:
 def test_rooms_have_sources_and_tests(room: str) -> None:
     sources, tests = mutate.ROOMS[room]
     assert mutate.files(sources) and mutate.files(tests)
-    assert mutate.draw(room, 10, 0) == mutate.draw(room, 10, 0) and len(mutate.draw(room, 10, 0)) == 10
+    drawn = mutate.draw(room, 10, 0)
+    assert drawn == mutate.draw(room, 10, 0) and len(drawn) == 10
+
+
+def test_equivalent_mistakes_are_in_the_code() -> None:
+    """Each named one is found at a site of its file: none stands for code that is gone."""
+    for path in {path for path, _ in mutate.EQUIVALENT}:
+        found = {mutate.changed_line(site) for site in mutate.sites(mutate.ROOT / path)}
+        assert {line for name, line in mutate.EQUIVALENT if name == path} <= found
+
+
+def test_every_source_belongs_to_a_room() -> None:
+    sources = {path for sources, _ in mutate.ROOMS.values() for path in mutate.files(sources)}
+    everything = set(mutate.files(("bilinear_ops/**/*.py", "kernels/**/*.py", "bench/**/*.py")))
+    assert {path for path in everything - sources if any(mutate.sites(path))} == set() and len(everything) > 130
+
+
+NESTED = """
+X = 1
+def f(a):
+    b = a
+    def g():
+        return b
+    return g()
+class C:
+    Y = 2
+    def h(self, n=3):
+        return n
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "name"), ((2, None), (3, None), (4, "f"), (6, "f.g"), (7, "f"), (9, None), (10, None), (11, "C.h"))
+)
+def test_the_function_of_a_line(line: int, name: str | None) -> None:
+    """What stands outside of bodies runs at import: constants, signatures, class attributes."""
+    assert reach.enclosing(NESTED, line) == name
+
+
+def test_tests_that_can_notice(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(NESTED)
+    nothing = {"functions": [], "files": [], "process": False}
+    found = {
+        "slow": {**nothing, "functions": ["m.py::f", "m.py::f.g"], "seconds": 3},
+        "fast": {**nothing, "functions": ["m.py::f"], "seconds": 1},
+        "reads": {**nothing, "files": ["m.py"], "seconds": 2},
+        "starts": {**nothing, "process": True, "seconds": 4},
+        "other": {**nothing, "functions": ["m.py::C.h"], "seconds": 0},
+    }
+    everything = ["other", "fast", "reads", "slow", "starts"]
+    expected = {2: everything, 4: ["fast", "reads", "slow", "starts"], 6: ["reads", "slow", "starts"]}
+    for line, names in expected.items():
+        site = mutate.Site("m.py", line, "constant", 0, 0, "", "")
+        assert mutate.chosen(site, found, tmp_path) == names
+    assert mutate.chosen(mutate.Site("m.py", 11, "constant", 0, 0, "", ""), {"fast": found["fast"]}, tmp_path) == [
+        "fast"
+    ]
 
 
 @pytest.mark.slow
 def test_a_mistake_is_noticed_and_undone(tmp_path: Path) -> None:
+    pytest.importorskip("coverage")
     (tmp_path / "m.py").write_text("def f(a):\n    return a < 3\n")
     (tmp_path / "test_m.py").write_text("from m import f\n\n\ndef test_f():\n    assert f(2) and not f(3)\n")
     sites = {site.kind: site for site in mutate.sites(tmp_path / "m.py", tmp_path)}
-    assert mutate.noticed(sites["comparison"], ["test_m.py"], tmp_path)
+    names = mutate.records(["test_m.py"], tmp_path)
+    assert list(names) == ["test_m.py::test_f"]
+    assert mutate.noticed(sites["comparison"], list(names), tmp_path)
     weaker = "from m import f\n\n\ndef test_f():\n    assert f(2)\n"
     (tmp_path / "test_m.py").write_text(weaker)
-    assert not mutate.noticed(sites["comparison"], ["test_m.py"], tmp_path)
+    assert not mutate.noticed(sites["comparison"], list(names), tmp_path)
     assert (tmp_path / "m.py").read_text() == "def f(a):\n    return a < 3\n"

@@ -27,7 +27,9 @@ NAMES = {
     bo.nn: """
         GatedBilinear GatedMLP Rank1Embedding Rank1Linear
         AdversarialSource FrequencyPenalty Gates Importances MixedWeights Transcoder route routed_gated_mlp
+        Activations anneal_beta bilinearise_ swish_
     """,
+    bo.init: "expand_gated_mlp expand_mlp expand_rank1",
     bo.plots: """
         cluster distribution eigenplane eigenvectors explanation interactions scatter similarity spectrum truncation
     """,

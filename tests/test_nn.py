@@ -241,3 +241,27 @@ def test_repr():
     layer = bo.nn.GatedMLP(3, 4, 2, activation="swish", beta=0.5, recompute=True)
     expected = "d_in=3, d_hidden=4, activation='swish', beta=0.5, bias=False, d_out=2, recompute=True"
     assert repr(layer) == f"GatedMLP({expected})"
+
+
+@pytest.mark.parametrize("kind", (bo.nn.GatedBilinear, bo.nn.GatedMLP))
+def test_limit_and_offset(kind):
+    layer, x = kind(3, 4, **{**bo.gates.GPT_OSS, "limit": 0.2}, bias=True), 2 * randn(5, 3)
+    a, z = x @ layer.w.t() + layer.b_w, x @ layer.v.t() + layer.b_v
+    gate = bo.reference.gate(a, z, **{**bo.gates.GPT_OSS, "limit": 0.2})
+    torch.testing.assert_close(layer(x), gate if kind is bo.nn.GatedBilinear else gate @ layer.p.t() + layer.b_p)
+    assert "beta=1.702, limit=0.2, offset=1, bias=True" in repr(layer)
+    with pytest.raises(ValueError, match="limit must be positive, got -1"):
+        kind(3, 4, limit=-1.0)
+    with pytest.raises(TypeError, match="offset must be a float, got Tensor"):
+        kind(3, 4, offset=torch.tensor(1.0))
+
+
+def test_limit_and_offset_from_linear():
+    gate, up, down = (nn.Linear(4, 4) for _ in range(3))
+    x, options = 2 * randn(5, 4), {**bo.gates.GPT_OSS, "limit": 0.2}
+    layer = bo.nn.GatedMLP.from_linear(gate=gate, up=up, down=down, **options)
+    torch.testing.assert_close(layer(x), down(bo.reference.gate(up(x), gate(x), **options)))
+    packed = nn.Linear(4, 8)
+    packed.load_state_dict({n: torch.cat([getattr(gate, n), getattr(up, n)]) for n in ("weight", "bias")})
+    again = bo.nn.GatedMLP.from_packed(gate_up=packed, down=down, **options)
+    assert torch.equal(again(x), layer(x))

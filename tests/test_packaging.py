@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def tree(tmp_path_factory) -> Path:
     """A copy of the source, so that building leaves nothing in the tree."""
     copy = tmp_path_factory.mktemp("source") / "bilinear_ops"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "*.egg-info", "build", "dist")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     return copy
 
@@ -48,6 +49,38 @@ def installed(dist, tmp_path_factory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     return site
+
+
+@pytest.fixture(scope="module")
+def unpacked(dist, tmp_path_factory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    return root
+
+
+def files(root: Path, *folders: str) -> set[str]:
+    found = (p for folder in folders for p in (root / folder).rglob("*"))
+    return {str(p.relative_to(root)) for p in found if p.is_file() and "__pycache__" not in p.parts}
+
+
+def test_sdist_holds_what_its_tests_read(unpacked):
+    for folders in (("bench", "bilinear_ops", "docs", "examples", "tests"), ("kernels",)):
+        assert files(unpacked, *folders) == files(ROOT, *folders) and files(ROOT, *folders)
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt"):
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.slow  # CI runs it all the same
+def test_sdist_runs_its_own_tests(unpacked):
+    """Every test is found; those that read files of the tree, and a kernel's, pass."""
+    collected = run(sys.executable, "-m", "pytest", "-q", "--collect-only", cwd=unpacked)
+    assert "error" not in collected.splitlines()[-1]
+    reading = ("bench", "config", "mutate", "pickles", "readme", "rooms", "gated_gates")
+    run(sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/test_{name}.py" for name in reading), cwd=unpacked)
 
 
 def test_wheel_is_pure_and_complete(dist, installed):
@@ -114,3 +147,24 @@ def test_editable_install_runs(tree, tmp_path):
         tree / "bilinear_ops" / "__init__.py",
         tree / "kernels" / "gated.py",
     ]
+
+
+@pytest.mark.parametrize("left", ("../kernels", None), ids=("a file", "nothing"))
+def test_a_tree_without_symbolic_links_runs(left, tree, tmp_path):
+    """As it is unpacked from an archive, or checked out with core.symlinks=false."""
+    pytest.importorskip("triton")
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy, symlinks=True)
+    link = copy / "bilinear_ops" / "kernels"
+    link.unlink()
+    if left:
+        link.write_text(left)
+    out = run(sys.executable, "-c", USE, cwd=copy, TRITON_INTERPRET="1")
+    assert out.splitlines() == [str(copy / "bilinear_ops" / "__init__.py"), str(copy / "kernels" / "gated.py")]
+
+
+def test_a_package_without_its_kernels_names_the_remedy(tree, tmp_path):
+    shutil.copytree(tree / "bilinear_ops", tmp_path / "bilinear_ops", ignore=shutil.ignore_patterns("kernels"))
+    done = subprocess.run([sys.executable, "-c", "import bilinear_ops"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: bilinear_ops.kernels is missing from" in done.stderr and "pip install ." in done.stderr

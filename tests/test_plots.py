@@ -239,6 +239,26 @@ def test_axes_say_what_they_show():
     assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [0, 1, 2]
 
 
+def test_figures_grow_with_what_they_show():
+    """In inches: an image keeps its size, however many there are."""
+    vectors, values = randn(3, 2, 12), randn(3, 2)
+    for figure, size in (
+        (plots.spectrum(values), (6, 3.6)),
+        (plots.truncation(values), (6, 3.6)),
+        (plots.interactions(randn(3, 3)), (5.6, 4.8)),
+        (plots.eigenvectors(vectors, (3, 4)), (2.3, 2.8)),
+        (plots.eigenvectors(vectors, (3, 4), values=values), (2.3, 3.4)),
+        (plots.similarity(randn(2, 3, 4), randn(2, 5, 4)), (4.7, 2.5)),
+    ):
+        assert figure.get_size_inches().tolist() == pytest.approx(size)
+
+
+@pytest.mark.parametrize(("lines", "columns"), ((7, 1), (8, 2), (16, 3)))
+def test_a_long_legend_takes_another_column_for_eight_lines(lines, columns):
+    (axes,) = plots.spectrum(randn(lines, 5), labels=range(lines)).axes
+    assert axes.get_legend()._ncols == columns
+
+
 def test_images_are_upright():
     """Row 0 above, column 0 at the left: the first of a heat map's pixels, and of an eigenvector's."""
     heat, image, cosines = (

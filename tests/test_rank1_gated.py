@@ -12,7 +12,8 @@ from bilinear_ops.composite.limits import limits
 from bilinear_ops.gated import ACTIVATIONS
 from bilinear_ops.testing import randn
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY_SIZES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow))  # bfloat16 stands for both that round
 IMPLS = ("torch", "triton")
 
 
@@ -77,7 +78,7 @@ SHAPES = list(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MANY_SIZES)
 @pytest.mark.parametrize(("shape", "samples", "target", "kind"), SHAPES)
 def test_sizes(shape, samples, target, kind, dtype, impl):
     activation, sampling = kind
@@ -93,9 +94,10 @@ ROUTING = torch.arange(9) % 3 > 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("delta", (None, "uniform", "tensor"))
-def test_routing(delta, impl):
-    tensors = with_target(inputs(), 2)
+def test_routing(delta, dtype, impl):
+    tensors = with_target(inputs(dtype=dtype), 2)
     options = dict(samples=2, seed=5, routing=ROUTING, activation="silu")
     if delta != "tensor":
         del tensors["delta"]
@@ -140,11 +142,26 @@ def test_gates_of_swiglu(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ((9, 11), (11,), ()))
-def test_given_masks(mask, impl):
-    tensors = inputs()
+def test_given_masks(mask, dtype, impl):
+    tensors = inputs(dtype=dtype)
     del tensors["gates"]
-    assert_right(mlp, {**tensors, "mask": torch.rand(mask)}, impl, activation="silu")
+    assert_right(mlp, {**tensors, "mask": torch.rand(mask).to(dtype)}, impl, activation="silu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sums_over_tokens_in_fp16(impl):
+    """Sums that pass its range on the way, 100 * 1000, and come back to 0."""
+    x, one, gates = (
+        torch.full(shape, n, dtype=torch.float16) for shape, n in (((2000, 1), 10), ((1, 1), 1), ((1,), 1))
+    )
+    dy = torch.ones(1, 2000, 1, dtype=torch.float16)
+    dy[:, 1000:] = -1
+    leaves = [t.clone().requires_grad_() for t in (one, one, one, gates)]
+    y = bo.stochastic_gated_mlp(x, *leaves, source=torch.zeros(1), impl=impl)
+    assert (y == 100).all()
+    assert all((t == 0).all() for t in torch.autograd.grad(y, leaves, dy))
 
 
 def test_leading_dimensions():

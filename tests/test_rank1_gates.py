@@ -46,11 +46,12 @@ def test_sizes(shape, dtype):
     assert_right(inputs(**shape, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", testing.LAYOUTS)
-def test_layouts(kind):
-    acts, w1, b1, w2, b2 = inputs()
+def test_layouts(kind, dtype):
+    acts, w1, b1, w2, b2 = inputs(dtype=dtype)
     tensors = [*(testing.layout(t, kind) for t in (acts, w1, b1, w2)), b2]
-    assert_right(tensors, testing.layout(randn(9, 11), kind))
+    assert_right(tensors, testing.layout(randn(9, 11, dtype=dtype), kind))
 
 
 @pytest.mark.parametrize("empty", ("tokens", "c", "hidden"))
@@ -58,16 +59,27 @@ def test_empty(empty):
     assert_right(inputs(**{empty: 0}))
 
 
-def test_leading_dimensions_and_mixed_dtypes():
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_leading_dimensions_and_mixed_dtypes(dtype):
     """Half-precision activations beside fp32 networks: fp32 logits, gradients in each tensor's own dtype."""
     acts, *weights = inputs(12)
-    acts = acts.bfloat16().view(2, 3, 2, 11)
+    acts = acts.to(dtype).view(2, 3, 2, 11)
     dy = randn(2, 3, 2, 11)
     y, *grads = testing.gradients(gates(bo), [acts, *weights], dy)
-    assert y.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16, *[torch.float32] * 4]
+    assert y.dtype == torch.float32 and [g.dtype for g in grads] == [dtype, *[torch.float32] * 4]
     expected = testing.gradients(gates(bo.reference), [acts, *weights], dy)
     for got, wanted in zip((y, *grads), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_hidden_units_beyond_fp16():
+    """Units of 200 * 400 are beyond its range, the logits and gradients are not."""
+    sizes = (((9, 11), 200), ((11, 5), 400), ((11, 5), 1), ((11, 5), 2**-10), ((11,), 1))
+    tensors = [torch.full(shape, n, dtype=torch.float16) for shape, n in sizes]
+    results = testing.gradients(gates(bo), tensors, torch.ones(9, 11).half())
+    expected = testing.gradients(gates(bo.reference), [t.double() for t in tensors], torch.ones(9, 11).double())
+    for found, wanted in zip(results[:4], expected, strict=False):  # w2's are units themselves
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
 
 
 def test_gradcheck():

@@ -26,7 +26,7 @@ def run(example: str) -> dict[str, Any]:
 
 
 def test_examples_run():
-    _, _, use, read, decompose = blocks("python")
+    _, _, use, read, decompose, _ = blocks("python")  # the last needs two processes: tests/distributed_analyses.py
     use, read, decompose = run(use), run(read), run(decompose)
     assert use["y"].shape == (8, 128, 512)
     assert use["layer"].p.grad.isfinite().all()

@@ -74,6 +74,17 @@ def test_an_op_and_its_specification_live_in_modules_of_one_name(name):
     ) == inspect.getmodule(inspect.unwrap(environment.public_ops()[name])).__name__.removeprefix("bilinear_ops.")
 
 
+@pytest.mark.parametrize("name", sorted(environment.public_ops()))
+def test_an_op_and_its_specification_have_the_same_defaults(name):
+    ours, twin = (
+        {p.name: (p.default, p.kind) for p in inspect.signature(inspect.unwrap(f)).parameters.values()}
+        for f in (environment.public_ops()[name], getattr(reference, name))
+    )
+    shared = ours.keys() & twin.keys()
+    assert shared and {key: ours[key] for key in shared} == {key: twin[key] for key in shared}
+    assert [key for key in twin if key not in ours] == [], "what the specification takes"
+
+
 def test_no_module_is_named_like_a_function_or_a_standard_module():
     """Of its own, or of the package that it belongs to."""
     found = [m for package in (bo, kernels, bench) for m in modules(package)]

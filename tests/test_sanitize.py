@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.static import sanitize
+from bench.static import sanitize, smallest
 from bilinear_ops.kernels import gated
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
@@ -36,6 +36,15 @@ def test_every_kernel_is_launched(monkeypatch):
     assert len(sanitize.launch_all(torch.device("cpu"), " float16")) > 15  # one of the three dtypes
     sanitize.launch_all(torch.device("cpu"), "stochastic_mask")
     assert launched == KERNELS and len(KERNELS) == 12
+
+
+def test_cases_are_called_by_the_shapes_of_their_gates_or_sources():
+    found = [w for w in smallest.workloads(torch.device("cpu")) if w.op == "stochastic_rank1_linear"]
+    for w in found:
+        _, _, _, gates, *others = w.inputs(0)
+        varied = others[0] if w.case.startswith("source") else gates
+        assert w.case.partition(", ")[2] == ("full" if varied.dim() > 1 else "broadcast")
+    assert len({w.case for w in found}) == 6
 
 
 def test_without_the_tool_or_a_gpu(monkeypatch, capsys):

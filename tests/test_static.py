@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -194,6 +195,13 @@ AMD = """
 """
 
 
+def test_registers_and_spills_of_amd_are_read():
+    sizes = "\n.vgpr_count:     97\n.vgpr_spill_count: 3\n"
+    compiled = SimpleNamespace(metadata=SimpleNamespace(num_warps=4), asm={"amdgcn": AMD + sizes})
+    code = sass.read(compiled, "gfx942")
+    assert (code.registers, code.spills, code.matrix) == (97, 3, {"v_mfma_f32_32x32x8_bf16": 1})
+
+
 def judge(text=KERNEL, committed=2, known=(), **changed):
     """(failures, known faults) of a hand-written kernel whose launch asks for two blocks where two fit."""
     fields = dict(kernel="a_kernel", case="float16", target="sm_90", shared=0, programs=264, tiles=512, resident=2)
@@ -244,6 +252,7 @@ def test_without_a_baseline_of_these_versions_the_gate_fails(monkeypatch, tmp_pa
     report = gate.Report("a_kernel", "float16", "sm_90", 0, code, programs=264, tiles=512, resident=2)
     monkeypatch.setattr(gate, "all_reports", lambda *arguments: [report])
     monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    monkeypatch.setattr(baseline, "MODELLED", tmp_path)
     for words, status in (([], 1), (["--update"], 0), ([], 0)):
         monkeypatch.setattr("sys.argv", ["", *words])
         assert gate.main() == status

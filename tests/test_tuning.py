@@ -272,12 +272,12 @@ def test_what_a_choice_depends_on(monkeypatch):
 def test_candidates_begin_with_the_table(arch, monkeypatch):
     half = torch.bfloat16
     for kernel in ("gated_forward_kernel", "gated_backward_kernel"):
-        tiles = config.gated(kernel, arch, half, 4096, 1024, True)
+        tiles = config.gated(kernel, arch, half, 4096, 2048, 1024, True, 132)
         found = config.candidates(kernel, arch, half, tiles)
         assert found[: len(tiles)] == tiles and len(set(found)) == len(found) > len(tiles) and config.LIBRARY in found
         assert config.candidates(kernel, arch, torch.float32, (None,)) == (None,)  # TF32 was not opted in to
     for directions in (8, 512):
-        tiles = config.interaction_matrices(arch, half, directions, 64)
+        tiles = config.interaction_matrices(arch, half, directions)
         found = config.candidates("interaction_matrices", arch, half, tiles)
         assert found[:1] == tiles and {type(t) for t in found} == {config.Tile, config.PairTile, type(config.LIBRARY)}
     for kernel, record in config.KERNELS.items():

@@ -93,14 +93,19 @@ def interaction_cases(arch: str) -> Iterator[Case]:
     d, h = 1024, 2048
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         w = torch.empty(h, d, dtype=dtype, device="meta")
-        for kernel, directions in (("interaction_direction_kernel", 8), ("interaction_pairs_kernel", 512)):
+        kernels = (
+            ("interaction_direction_kernel", 8),
+            ("interaction_pairs_kernel", 128),
+            ("interaction_pairs_kernel", 512),
+        )
+        for kernel, directions in kernels:
             c = torch.empty(directions, h, dtype=dtype, device="meta")
             name = f"{str(dtype).removeprefix('torch.')} K={directions}"
             for packed in (False, True) if dtype == torch.bfloat16 else (False,):
                 layout = "packed" if packed else "full"
                 call = partial(matrices.interaction_matrices, w, w, c, None, packed)
                 yield Case(f"{name} {layout}", call, ragged=packed)
-            for r in _rejected(kernel, arch, dtype):
+            for r in _rejected(kernel, arch, dtype) if directions != 128 else ():
 
                 def with_tile(tile: Choice, w: torch.Tensor = w, c: torch.Tensor = c) -> object:
                     with tuning.using(interaction_matrices=tile):

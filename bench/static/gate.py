@@ -5,7 +5,8 @@
 The launchers run as they are, on meta tensors, with compilation in place of the launch: what is checked is what a
 user's call would compile. Registers, shared memory, spills, the main loop and what lies outside are read from the
 machine code, and compared with the committed figures of the same versions of torch and Triton, so that a change shows
-what it did to them. Triton keeps what it has compiled: a second run is quick.
+what it did to them. A performance model (model.py) makes a range of times of them. Triton keeps what it has compiled: a
+second run is quick.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -27,10 +28,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.static import baseline, sass
+from bench.static import baseline, machine, model, regions, sass
 from bench.static.baseline import Figures
 from bench.static.cases import FAMILIES, Family
 from bench.static.known import KNOWN, Known
+from bench.static.model import Estimate, Sizes
+from bench.static.regions import Regions
 from bench.static.residency import resident_blocks
 from bilinear_ops.kernels import config, launching
 from bilinear_ops.kernels.records import Tile
@@ -51,7 +54,7 @@ class Report:
     """What the machine code of one kernel says, and the programs that its launch asks for.
 
     `tiles`: what the programs share, more than them only if the kernel is persistent. `resident`: blocks that one
-    multiprocessor holds at once.
+    multiprocessor holds at once. `regions` and `sizes`, the launch's integers by name, are what the model reads.
     """
 
     kernel: str
@@ -64,9 +67,27 @@ class Report:
     resident: int
     rejected: bool = False
     ragged: bool = False
+    regions: Regions | None = None
+    sizes: Sizes = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.target} {self.kernel} [{self.case}]"
+
+    def estimate(self, workload: Sizes) -> Estimate | None:
+        """The model of this code at other sizes; None where there is no model."""
+        if self.regions is None or not self.code.spills == 0:
+            return None
+        per_sm = self.programs // PROCESSORS if self.programs < self.tiles else None
+        sizes = {**self.sizes, **workload}
+        return model.estimate(self.kernel, self.regions, self.target, self.resident, sizes, self.programs, per_sm)
+
+    def modelled(self) -> Iterator[tuple[str, Estimate]]:
+        """Estimates by workload: of bfloat16 alone, for float16 takes as long."""
+        if self.rejected or not self.case.startswith("bfloat16"):
+            return
+        for workload in model.WORKLOADS.get(self.kernel, ({},)):
+            if found := self.estimate(workload):
+                yield model.named(workload) or "as launched", found
 
     def faults(self, committed: Figures | None) -> dict[str, str]:
         """What is wrong, by its kind; of a rejected tile, that it would compile well."""
@@ -102,16 +123,36 @@ class Report:
             before, now = (f["special"] + f["loop_special"] for f in (committed, self.figures()))
             if now > before:
                 found["special"] = f"{now} special-function operations, {before} committed"
+            if (share := self.share()) and share < committed.get("share", 0) - 0.005:
+                found["share"] = f"a modelled tensor share of {share}, {committed['share']} committed"
         if self.programs < min(self.tiles, PROCESSORS * self.resident):
             launched = f"{self.programs} programs on {PROCESSORS} multiprocessors for {self.tiles} tiles"
             found["blocks"] = f"{launched}, where each holds {self.resident}"
         return found
 
+    def share(self) -> float | None:
+        """The lower end of the modelled tensor share at the launch's own sizes; None without tensor cores."""
+        found = self.estimate({})
+        return round(found.share[0], 3) if found and found.share[0] else None
+
     def figures(self) -> Figures:
         """What the baseline keeps."""
         found = asdict(self.code) | {"shared": self.shared, "loop": sum(self.code.histogram.values())}
         del found["histogram"]
-        return found | {"programs": self.programs, "tiles": self.tiles, "resident": self.resident}
+        blocks = {"programs": self.programs, "tiles": self.tiles, "resident": self.resident}
+        return found | blocks | ({"share": share} if (share := self.share()) else {})
+
+    def model_rows(self) -> Iterator[str]:
+        """The lines of the model's table: the widths are bytes a thread, with the sectors of a warp's instruction."""
+        for workload, found in self.modelled():
+            assert self.regions
+            widths = [
+                f"{width}:{n}" + (f"x{self.regions.sectors[width]:.0f}" if width in self.regions.sectors else "")
+                for width, n in self.regions.outside.stores.items()
+            ]
+            tma = [f"tma:{self.code.stores['tma']}"] if "tma" in self.code.stores else []
+            name = f"{self.target:7} {self.kernel:28} {self.case.removeprefix('bfloat16 '):32} {workload:30}"
+            yield f"{name} {model.row(found):58} {','.join(tma + widths)}"
 
     def row(self) -> str:
         """The line of the printed table."""
@@ -133,6 +174,11 @@ loop: instructions of the main loop, of which the last column counts those of th
 tensor: a model, of the clocks that the main loop's instructions take; nothing here was timed
 special: exponentials, reciprocals and the like, in the main loop + outside
 blocks: launched for each of 132 multiprocessors / that one holds at once"""
+MODEL_COLUMNS = f"{'target':7} {'kernel':28} {'case':32} {'workload':30} {model.COLUMNS:58} bytes a store, sectors"
+MODEL_NOTES = """
+tensor: share of a tile's time in which the tensor cores work; outside: clocks per tile that the main loop leaves bare
+res: blocks at once on a multiprocessor; limit: the largest term beside the tensor cores' own
+ranges: all constants of bench/static/machine.py better and worse by a quarter; nothing here was timed"""
 
 
 def _counts(found: dict[str, int], separator: str = " ") -> str:
@@ -147,6 +193,7 @@ class Launch:
     kernel: Any
     programs: int
     tiles: int
+    sizes: Sizes
 
 
 class _CompileOnly:
@@ -181,7 +228,10 @@ def compiling(arch: str, only: str = "") -> Iterator[list[Launch]]:
             tiles = shared_out.pop() if shared_out else math.prod(grid)
             if only in kernel.__name__:
                 compiled = kernel.warmup(*args, grid=grid, **kwargs)
-                launches.append(Launch(kernel.__name__, compiled, math.prod(grid), tiles))
+                given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+                given |= {f"GRID_{axis}": n for axis, n in enumerate(grid)}
+                sizes = {name: value for name, value in given.items() if type(value) is int}
+                launches.append(Launch(kernel.__name__, compiled, math.prod(grid), tiles, sizes))
 
         return compile_
 
@@ -202,12 +252,12 @@ def reports(arch: str, only: str = "", families: Iterable[Family] = FAMILIES) ->
             with compiling(arch, only) as launches:
                 case.call()
             for found in launches:
-                code, metadata = sass.read(found.kernel, arch), found.kernel.metadata
+                (code, text), metadata = sass.read(found.kernel, arch), found.kernel.metadata
                 columns = getattr(metadata, "tmem_size", 0)
                 resident = resident_blocks(arch, code.registers, metadata.shared, metadata.num_warps, columns)
                 yield Report(
                     found.name, case.name, arch, metadata.shared, code, found.programs, found.tiles, resident,
-                    case.rejected, case.ragged,
+                    case.rejected, case.ragged, regions.of_kernel(found.kernel, text, arch), found.sizes,
                 )  # fmt: skip
 
 
@@ -252,6 +302,8 @@ def main() -> int:
     committed = baseline.load(file)
     figures = {k: v for k, v in committed.items() if k.split()[0] not in arguments.target or arguments.kernel not in k}
     failures, known, changed = [], [], []
+    modelled: list[str] = []
+    receipts: list[dict[str, object]] = []
     print(COLUMNS)
     for r in all_reports(arguments.target, arguments.kernel, arguments.jobs):
         found = figures[str(r)] = r.figures()
@@ -263,10 +315,14 @@ def main() -> int:
         failures += wrong
         known += excused
         changed.append(baseline.changes(str(r), before, found))
+        modelled += r.model_rows()
+        receipts += (model.receipt(r.target, r.kernel, r.case, workload, e) for workload, e in r.modelled())
     print(NOTES)
+    print(f"\nModel, {machine.CALIBRATION}\n{MODEL_COLUMNS}", *modelled, MODEL_NOTES, sep="\n")
     print("\n".join(filter(None, changed)))
     if arguments.update:
         baseline.save(figures, file)
+        baseline.save_modelled(receipts, arguments.target, arguments.kernel)
     elif not committed:
         failures = [f"no {file.name}: nothing to compare with; --update writes it"]
     for line in known:

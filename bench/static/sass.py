@@ -54,15 +54,15 @@ class Code:
     syncs: dict[str, int] = field(default_factory=dict)
 
 
-def read(kernel: Any, arch: str) -> Code:
-    """Disassemble a compiled kernel."""
+def read(kernel: Any, arch: str) -> tuple[Code, str]:
+    """Disassemble a compiled kernel: what its machine code holds, and its text."""
     warps = kernel.metadata.num_warps
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         code = of_lines(_amd_lines(text), arch, warps)
         code.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))
         code.spills = int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
-        return code
+        return code, text
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -71,7 +71,7 @@ def read(kernel: Any, arch: str) -> Code:
     code = of_lines(_sass_lines(sass), arch, warps)
     code.registers = int(_first(r"REG:(\d+)", usage))
     code.spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return code
+    return code, sass
 
 
 def of_lines(lines: Sequence[str], arch: str, warps: int) -> Code:

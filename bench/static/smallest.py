@@ -104,7 +104,7 @@ def _interaction(device: torch.device) -> Iterator[Workload]:
             for order, directions in (("direction", 8), ("pairs", 512)):
 
                 def tile(dtype: torch.dtype = dtype, directions: int = directions) -> config.Choice:
-                    return config.interaction_matrices(config.architecture(device), dtype, directions, h)[0]
+                    return config.interaction_matrices(config.architecture(device), dtype, directions)[0]
 
                 def matrices(module: Any, layout: str = layout) -> Op:
                     return lambda w, v, c: module.interaction_matrices(w, v, c, layout=layout, **_ours(module))

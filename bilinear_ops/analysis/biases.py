@@ -83,6 +83,8 @@ def layer_weights(module: GatedMLP) -> Layer:
     """
     if not isinstance(module, GatedMLP):
         raise TypeError(f"module must be a GatedMLP, got {type(module).__name__}")
+    if module.limit is not None or module.offset is not None:
+        raise ValueError("module must have no limit and no offset to be a quadratic form")
     if module.activation != "identity":
         raise ValueError(f"module must have no activation to be a quadratic form, got {module.activation!r}")
     biases = module.b_w, module.b_v, module.b_p

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilinear_ops._check import check, check_integers
+from bilinear_ops._check import check, check_integers, check_values
 from bilinear_ops.analysis.progress import progress_bar
 
 
@@ -31,6 +31,7 @@ def interaction_clusters(q: Tensor, clusters: int, *, progress: bool = False) ->
     check_integers(clusters=clusters)
     if not 1 <= clusters <= size:
         raise ValueError(f"clusters must be from 1 to {size}, got {clusters}")
+    check_values(q=q)
     if not q.isfinite().all():
         raise ValueError("q must be finite to be clustered")
     rows = normalize(q.detach().double(), dim=1)

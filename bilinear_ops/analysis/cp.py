@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops._check import check, check_finite, check_integers, check_reals
 from bilinear_ops.analysis.bases import fold
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.interaction.gram import layer_inner, neuron_gram
@@ -85,6 +85,7 @@ def cp_decompose(
     w0, v0 = (None, None) if init is None else init
     rows = "? r d" if basis is None else "? r F"
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"), basis=(basis, "? d F"), w0=(w0, rows), v0=(v0, rows))
+    check_reals(tol=tol)
     check_integers(rank=rank, steps=steps, inner_steps=inner_steps, restarts=restarts)
     if rank < 0 or rank != sizes.get("r", rank) or (init is None and rank > sizes["h"]):
         limit = f"between 0 and h={sizes['h']}" if init is None else f"{sizes['r']}, the rows of init"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check, check_layer
+from bilinear_ops._check import check, check_layer, check_reals
 from bilinear_ops.interaction.matrices import interaction_matrices
 from bilinear_ops.results import Directions, Result, coefficients
 
@@ -60,6 +60,7 @@ def glu_gates(
     check(x=(x, "... d"), v=(v, "h d"), b_v=(b_v, "? h"))
     if activation not in GATES:
         raise ValueError(f"activation must be one of {', '.join(GATES)}, got {activation!r}")
+    check_reals(beta=beta)
     if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
         raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
     z = F.linear(x, v, b_v)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check_finite, check_integers, check_layer
+from bilinear_ops._check import check_finite, check_integers, check_layer, check_reals
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.analysis.singular import fix_signs
 from bilinear_ops.interaction.matrices import interaction_matrices
@@ -60,6 +60,7 @@ def joint_diagonalise(
     """
     sizes = check_layer(w, v, c)
     check_integers(sweeps=sweeps)
+    check_reals(tol=tol)
     if sweeps < 0 or not tol >= 0:
         raise ValueError(f"sweeps and tol must not be negative, got {sweeps} and {tol}")
     weights = coefficients(Directions(c.u.double(), c.p.double()) if isinstance(c, Directions) else c.double())

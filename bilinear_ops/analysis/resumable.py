@@ -88,7 +88,11 @@ def load_chunks(paths: list[Path]) -> dict[str, Tensor]:
     """The results of `run_in_chunks` over all directions, by the names of their fields; "0" for a lone tensor.
 
     Files of a few chunks may be given, where the whole would not fit in memory.
+
+    Raises TypeError for anything but a list of paths.
     """
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
+        raise TypeError(f"paths must be a list of paths, got {paths!r}")
     parts = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 

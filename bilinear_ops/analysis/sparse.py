@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check, check_finite, check_integers
+from bilinear_ops._check import check, check_finite, check_integers, check_reals
 from bilinear_ops.analysis.progress import progress_bar
 from bilinear_ops.gated import gated_mlp
 from bilinear_ops.interaction.gram import layer_inner
@@ -75,6 +75,7 @@ def sparse_decompose(
     """
     check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
     check_integers(terms=terms, steps=steps, restarts=restarts)
+    check_reals(penalty=penalty)
     if min(terms, steps) < 0 or not penalty >= 0:
         raise ValueError(f"terms, steps and penalty must not be negative, got {terms}, {steps} and {penalty}")
     if restarts < 1:

@@ -95,6 +95,7 @@ def strongest_directions(
     """
     sizes = check(w=(w, "h d"), v=(v, "h d"), p=(p, "o h"))
     check_integers(n=n, steps=steps)
+    check_reals(tol=tol)
     if min(n, steps) < 0 or not tol >= 0:
         raise ValueError(f"n, steps and tol must not be negative, got {n}, {steps} and {tol}")
     check_finite(w=w, v=v, p=p)
@@ -120,7 +121,8 @@ def _checked_gate(activation: str, beta: float, radius: float | None, w: Tensor)
     """None for a bilinear layer."""
     check_reals(beta=beta)
     if radius is not None:
-        check_reals(radius=radius, positive=True)
+        check_reals(radius=radius)
+        check_reals(positive=True, radius=float(radius))
     gate(w[:0], w[:0], activation=activation, beta=beta)  # refuses what no layer takes
     if activation == "identity":
         return None

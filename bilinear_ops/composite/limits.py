@@ -28,6 +28,7 @@ class Limits:
     loop_max: int = 48  # the most directions for which one at a time is the faster order: 32 to 64 at d = 64 to 512
     scores: int = 1 << 21  # of a tile of scores: 8 MB in fp32
     matrices: int = 1 << 24  # of the interaction matrices held at a time: 64 MB in fp32
+    at_once: int = 1 << 20  # of the largest intermediate of a ranking that is one sort: streamed, calls cost more
     candidates: int = 1 << 12  # of a ranking offered before they are sorted into what is kept
     features: int = 1 << 25  # up to which W D [h, F] is formed whole rather than row by row
     eigenvectors: int = 1 << 20  # gathered at a time: 4 MB in fp32, which stays in the cache
@@ -38,6 +39,7 @@ class Limits:
     draws: int = 1 << 15  # words: 256 KiB and as much scratch stay in a core's second-level cache
     device_draws: int = 1 << 24  # words on other devices than the CPU, which want few launches
     slab: int = 1 << 22  # of masked activations: 16 MiB in fp32, tall enough for the library's GEMM at any C
+    kept_masks: int = 1 << 17  # of all samples' masks that eager PyTorch keeps: drawn twice, calls cost more
     band: int = 1 << 20  # of the residual held at a time: 4 MiB in fp32
     # of a block of gate networks, of which a few stay in a core's cache from one elementwise pass to the next: on one
     # AVX-512 core at C = 768, blocks of 2^14 and 2^16 elements take 3.8 and 1.6 times as long, of 2^19 no less

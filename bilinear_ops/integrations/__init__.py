@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-__all__ = ["distributed", "parameter_decomposition", "transformers"]
+__all__ = ["distributed", "hub", "parameter_decomposition", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -25,12 +26,16 @@ class GatedParallel(ParallelStyle):
 
     Args:
         sequence_dim: the dimension of inputs and outputs over which they are sharded; None where they are replicated.
+            A plain input must be as long on every rank, for PyTorch's all-gather aborts or hangs otherwise: the first
+            call compares the lengths, outside of torch.compile, by a gather of one integer a rank, and raises
+            ValueError. Shards of other lengths are passed as a DTensor.
         use_local_output: return this rank's plain tensor rather than a DTensor.
     """
 
     def __init__(self, *, sequence_dim: int | None = None, use_local_output: bool = True):
         self.layout: Placement = Replicate() if sequence_dim is None else Shard(sequence_dim)
         self.use_local_output = use_local_output
+        self.compared = False
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, GatedMLP):
@@ -48,8 +53,22 @@ class GatedParallel(ParallelStyle):
             raise TypeError("a layer under parallel_plan takes x by position, as layer(x)")
         x, *others = inputs
         if not isinstance(x, DTensor):
+            self._compare_lengths(x, mesh)
             x = DTensor.from_local(x, mesh, [self.layout], run_check=False)
         return x.redistribute(placements=[Replicate()]), *others
+
+    def _compare_lengths(self, x: Tensor, mesh: DeviceMesh) -> None:
+        """Once: lengths that change later would be compared by some of the ranks only, which would hang."""
+        if self.compared or not isinstance(self.layout, Shard) or torch.compiler.is_compiling():
+            return
+        length = torch.tensor([x.shape[self.layout.dim]], device=x.device)
+        lengths = DTensor.from_local(length, mesh, [Shard(0)], run_check=False).full_tensor().tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the ranks hold {lengths} tokens along dimension {self.layout.dim}: pass DTensor.from_local(x, mesh, "
+                f"[Shard({self.layout.dim})], shape=..., stride=...) with those of the whole"
+            )
+        self.compared = True
 
     def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
         output = output.redistribute(placements=[self.layout])
@@ -61,8 +80,7 @@ def parallel_plan(module: nn.Module, *, sequence_dim: int | None = None) -> dict
 
     Args:
         module: a `GatedMLP` or a model that holds some.
-        sequence_dim: as for `GatedParallel`; 1 for `[B, S, d]` sharded over the sequence. Plain inputs must have as
-            many tokens on every rank; where they have not, pass a DTensor.
+        sequence_dim: as for `GatedParallel`; 1 for `[B, S, d]` sharded over the sequence.
 
     Returns:
         `{path: GatedParallel}`, to be merged with the plan of the other modules.

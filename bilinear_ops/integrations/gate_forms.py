@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bilinear_ops import gates
 from bilinear_ops._check import DTYPES
+from bilinear_ops.nn.annealing import Swish
 
 # Modules that are one of our activations, by full name, so that nothing has to be imported to know them.
 MODULES: dict[str, dict[str, Any]] = {
@@ -43,9 +44,19 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
     torch.relu: {"activation": "relu"},
     torch.sigmoid: {"activation": "sigmoid"},
     F.sigmoid: {"activation": "sigmoid"},
+    torch.tanh: {"activation": "tanh"},
+    F.tanh: {"activation": "tanh"},
     F.gelu: {"activation": "gelu"},
 }
-METHODS: dict[str, Any] = {"sigmoid": torch.sigmoid, "relu": torch.relu, "chunk": torch.chunk, "clamp": torch.clamp}
+METHODS: dict[str, Any] = {
+    name: getattr(torch, name) for name in ("sigmoid", "relu", "tanh", "chunk", "clamp", "mul", "add", "div")
+}
+ARITHMETIC: dict[Any, str] = {
+    **dict.fromkeys((operator.mul, torch.mul), "mul"),
+    **dict.fromkeys((operator.add, torch.add), "add"),
+    **dict.fromkeys((operator.truediv, torch.div), "div"),
+}
+ANNEALED = "annealed"  # stands for a slope that is read from the module at every call
 Expression = tuple[Any, ...]
 
 MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -64,7 +75,14 @@ class Form(NamedTuple):
     act: str  # "" for a function
     halves: str  # "", "packed" or "interleaved"
     gate_first: bool  # of packed and interleaved halves
-    options: dict[str, Any]  # keywords of the op
+    options: dict[str, Any]  # keywords of the op, but for a slope that is annealed
+    followed: tuple[str, ...] = ()  # children that compute a part of the gate, and may hold constants of it
+
+    def keywords(self, module: nn.Module) -> dict[str, Any]:
+        """The op's keywords for a module of this form."""
+        if self.options.get("beta") != ANNEALED:
+            return self.options
+        return {**self.options, "beta": getattr(module, self.act).beta}
 
     def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves of what experts project to, as views."""
@@ -105,7 +123,7 @@ def mlp(module: nn.Module) -> Form:
         reason = _why_not_plain(getattr(module, name))
         if reason is not None:
             raise NotAGate(f"{name} {reason}")
-    expression, act = _same_in_both_modes(module, own_class(module).forward, linears)
+    expression, act, followed = _same_in_both_modes(module, own_class(module).forward, linears)
     kind, down, hid = expression if len(expression) == 3 else ("", "", ())
     if kind != "linear" or down != linears[-1]:
         raise NotAGate(f"its forward does not end in {linears[-1]}")
@@ -114,7 +132,7 @@ def mlp(module: nn.Module) -> Form:
     packed = halves == up_halves == "packed" and gate_name == up_name and {gate_half, up_half} == {0, 1}
     if not packed and (halves or up_halves):
         raise NotAGate("its two sides are not two Linears or the halves of one")
-    return Form(gate_name, up_name, down, act, halves, gate_half == 0, options)
+    return Form(gate_name, up_name, down, act, halves, gate_half == 0, options, followed)
 
 
 def experts(module: nn.Module) -> Form:
@@ -131,12 +149,12 @@ def experts(module: nn.Module) -> Form:
     def gate(module: nn.Module, gate_up: Tensor) -> Tensor:
         return own._apply_gate(module, gate_up)
 
-    expression, act = _same_in_both_modes(module, gate, ())
+    expression, act, followed = _same_in_both_modes(module, gate, ())
     up, gated, options = _product(expression)
     for layout in ("packed", "interleaved"):
         both = [("half", i, layout, ("input",)) for i in (0, 1)]
         if [gated, up] in (both, both[::-1]):
-            return Form("", "", "", act, layout, gated == both[0], options)
+            return Form("", "", "", act, layout, gated == both[0], options, followed)
     raise NotAGate("its gate does not act on the two halves of what the experts project to")
 
 
@@ -172,27 +190,42 @@ def is_untouched(module: nn.Module) -> bool:
 
 def _same_in_both_modes(
     module: nn.Module, forward: Callable[..., Any], linears: tuple[str, ...]
-) -> tuple[Expression, str]:
-    """What `forward` computes, in training and in evaluation alike, and the name of its activation's module."""
+) -> tuple[Expression, str, tuple[str, ...]]:
+    """What `forward` computes, in training and in evaluation alike, the name of its activation, children followed."""
     found = []
-    mode = module.training
+    modes = {m: m.training for m in module.modules()}
     try:
         for training in (True, False):
-            module.training = training
-            found.append(_Reader(module, linears).read(_trace(module, forward)))
+            for m in modes:
+                m.training = training
+            graph, followed = _trace(module, forward)
+            found.append((*_Reader(module, linears).read(graph), followed))
     finally:
-        module.training = mode
+        for m, mode in modes.items():
+            m.training = mode
     if found[0] != found[1]:
         raise NotAGate("its forward differs between training and evaluation")
     return found[0]
 
 
 class _Tracer(fx.Tracer):
+    """Children are steps, but for a gate of both sides that is a child of its own: it is followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.followed: set[str] = set()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if len(args) == 2 and not kwargs and not (m._parameters or m._buffers or m._modules) and is_untouched(m):
+            self.followed.add(self.path_of_module(m))
+            return forward(*args)
+        return super().call_module(m, forward, args, kwargs)
 
-def _trace(module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
+
+def _trace(module: nn.Module, forward: Callable[..., Any]) -> tuple[fx.Graph, tuple[str, ...]]:
     tracer = _Tracer()
     tracer.traced_func_name = "forward"
 
@@ -203,7 +236,7 @@ def _trace(module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
     root = Root()
     root._modules = dict(module._modules)  # children keep their names
     try:
-        return tracer.trace(root)
+        return tracer.trace(root), tuple(sorted(tracer.followed))
     except Exception as error:  # whatever a forward does that a trace cannot follow
         raise NotAGate(f"its forward cannot be traced: {str(error).splitlines()[0]}") from error
 
@@ -234,8 +267,8 @@ class _Reader:
             return self._child(str(target), args, kwargs)
         if node.op == "call_method":
             target = METHODS.get(str(target), target)
-        if target in (operator.mul, torch.mul, operator.add, torch.add) and len(args) == 2 and not kwargs:
-            return _arithmetic("mul" if target in (operator.mul, torch.mul) else "add", *args)
+        if target in ARITHMETIC and len(args) == 2 and not kwargs:
+            return _arithmetic(ARITHMETIC[target], *args)
         if target is torch.clamp:
             low, high = _arguments(("min", "max"), args[1:], kwargs, (None, None))
             return ("clamp", args[0], low, high)
@@ -266,6 +299,8 @@ class _Reader:
 def activation_of(module: nn.Module) -> dict[str, Any] | None:
     """The op's keywords for a module that is an activation of ours, else None."""
     kind = type(module)
+    if kind is Swish:
+        return {"activation": "swish", "beta": ANNEALED}
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name == "torch.nn.modules.activation.GELU":
         return {"activation": "gelu_tanh" if module.approximate == "tanh" else "gelu"}
@@ -278,11 +313,17 @@ def _arguments(names: tuple[str, ...], args: Any, kwargs: Any, defaults: tuple[A
 
 
 def _arithmetic(kind: str, a: Any, b: Any) -> Expression:
-    """A product or sum of expressions, or of one and a number."""
+    """A product or sum of expressions, or of one and a number; products with numbers come out as one scale."""
+    if kind == "div" and isinstance(b, int | float):
+        kind, b = "mul", 1 / b
     if isinstance(a, int | float):
         a, b = b, a
     if isinstance(b, int | float):
-        return ({"mul": "scale", "add": "shift"}[kind], a, float(b))
+        scale = kind == "mul" and a[0] == "scale"
+        return ({"mul": "scale", "add": "shift"}.get(kind, kind), a[1] if scale else a, a[2] * b if scale else float(b))
+    if kind == "mul" and "scale" in (a[0], b[0]):
+        (a, by), (b, more) = ((e[1], e[2]) if e[0] == "scale" else (e, 1.0) for e in (a, b))
+        return ("scale", ("mul", a, b), by * more)
     return (kind, a, b)
 
 
@@ -298,6 +339,8 @@ def _half(e: Any, index: Any) -> Expression:
 
 def _product(e: Expression) -> tuple[Expression, Expression, dict[str, Any]]:
     """(linear pre-activation, gated pre-activation, keywords) of a gate written as a product."""
+    if e[0] == "scale" and (pair := _bounded(e)):
+        return *pair, {"activation": "silu_bounded"}
     if e[0] != "mul":
         raise NotAGate("its forward is not a product with an activation")
     for gated, linear in (e[1:], e[:0:-1]):
@@ -309,6 +352,24 @@ def _product(e: Expression) -> tuple[Expression, Expression, dict[str, Any]]:
                 raise NotAGate("its gate clamps its two sides at unlike limits")
             return a, z, options | bounds
     raise NotAGate("neither factor of its product is an activation")
+
+
+def _bounded(e: Expression) -> tuple[Expression, Expression] | None:
+    """(a, z) of 25 tanh(a / 25) * 4 tanh(z / 4) sigmoid(z), whose scales are one; else None."""
+    _, product, scale = e
+    if product[0] != "mul" or scale != 25 * 4:
+        return None
+    for linear, gated in (product[1:], product[:0:-1]):
+        for tanh, sigmoid in (gated[1:], gated[:0:-1]) if gated[0] == "mul" else ():
+            a, z = _tanh_of(linear, 25), _tanh_of(tanh, 4)
+            if a is not None and z is not None and sigmoid == ("act", "sigmoid", 1.0, z):
+                return a, z
+    return None
+
+
+def _tanh_of(e: Expression, bound: float) -> Expression | None:
+    """t of tanh(t / bound), else None."""
+    return e[3][1] if e[:2] == ("act", "tanh") and e[3][:1] == ("scale",) and e[3][2] == 1 / bound else None
 
 
 def _gated(e: Expression) -> tuple[Expression, dict[str, Any]] | None:

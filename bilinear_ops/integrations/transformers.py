@@ -10,30 +10,31 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bilinear_ops.gated import gate, gated_mlp
-from bilinear_ops.integrations import gate_forms
-from bilinear_ops.integrations.gate_forms import (
-    MLPS,
-    Form,
-    NotAGate,
-    has_experts,
-    is_untouched,
-    linear_names,
-    own_class,
-)
+from bilinear_ops.gated import gate
+from bilinear_ops.integrations.bilinearising import Bilinearisation, bilinearise
+from bilinear_ops.integrations.gate_forms import MLPS, NotAGate, has_experts, linear_names, own_class
+from bilinear_ops.integrations.patches import READ, STATE, check_own_forward, holds, prove, run
+from bilinear_ops.integrations.reading import read
 from bilinear_ops.integrations.weights import GatedWeights, gated_weights
 
-__all__ = ["Entry", "GatedWeights", "Report", "apply", "gated_weights", "revert"]
+__all__ = [
+    "Bilinearisation",
+    "Entry",
+    "GatedWeights",
+    "Report",
+    "apply",
+    "bilinearise",
+    "gated_weights",
+    "read",
+    "revert",
+]
 
 IMPLS = ("auto", "triton", "torch")
-STATE = "_bilinear_ops"  # of a patched module: how it runs
 
 
 class Entry(NamedTuple):
@@ -54,16 +55,6 @@ class Report(tuple[Entry, ...]):
 
     def __str__(self) -> str:
         return "\n".join(f"{e.status}: {e.name or '(the model)'} ({e.kind}): {e.reason}" for e in self)
-
-
-class _How(NamedTuple):
-    """How a patched module runs."""
-
-    form: Form
-    act: Any  # the class of its activation, or None
-    constants: tuple[tuple[str, Any], ...]  # its plain attributes, from which a forward may read limits and slopes
-    impl: str
-    recompute: bool
 
 
 def apply(model: nn.Module, *, impl: str = "auto", recompute: bool = False) -> Report:
@@ -101,7 +92,8 @@ def apply(model: nn.Module, *, impl: str = "auto", recompute: bool = False) -> R
             entries.append(Entry(name, kind, "already patched", "revert first to change how it runs"))
             continue
         try:
-            how = _prove(module, impl, recompute)
+            check_own_forward(module)
+            how = prove(module, impl, recompute)
         except NotAGate as reason:
             entries.append(Entry(name, kind, "left alone", str(reason)))
             continue
@@ -143,54 +135,6 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _prove(module: nn.Module, impl: str, recompute: bool) -> _How:
-    """How to run a module, or NotAGate with why not."""
-    if not isinstance(module.forward, MethodType):
-        raise NotAGate("its forward was replaced")
-    form = gate_forms.experts(module) if has_experts(module) else gate_forms.mlp(module)
-    act = getattr(module, form.act) if form.act else None
-    constants = tuple((k, v) for k, v in vars(module).items() if k[0] != "_" and k != "training" and _is_constant(v))
-    how = _How(form, None if act is None else type(act), constants, impl, recompute)
-    if not _holds(module, how):
-        raise NotAGate("its activation has hooks, or its Linears differ in dtype or device")
-    return how
-
-
-def _is_constant(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str) or callable(value)
-
-
-def _no_global_hooks() -> bool:
-    return (
-        len(torch_module._global_forward_hooks) == 0
-        and len(torch_module._global_forward_pre_hooks) == 0
-        and len(torch_module._global_backward_hooks) == 0
-        and len(torch_module._global_backward_pre_hooks) == 0
-    )
-
-
-def _holds(module: nn.Module, how: _How) -> bool:
-    """Whether what was proved of a module is still so; asked at every call."""
-    form = how.form
-    for name, value in how.constants:
-        if getattr(module, name, NotAGate) != value:
-            return False
-    if form.act:
-        act = getattr(module, form.act)
-        if act.__class__ is not how.act or not is_untouched(act):
-            return False
-    return _no_global_hooks() and (has_experts(module) or _plain_linears(module, form))
-
-
-def _plain_linears(module: nn.Module, form: Form) -> bool:
-    linears: list[Any] = [getattr(module, n) for n in (form.gate, form.up, form.down)]
-    if not all(type(m) is nn.Linear and is_untouched(m) for m in linears):
-        return False
-    first, *others = (m.weight for m in linears)
-    alike = all(t.dtype == first.dtype and t.device == first.device for t in others)
-    return alike and not any(is_traceable_wrapper_subclass(t) for t in (first, *others))
-
-
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -202,18 +146,19 @@ def _patched_class(original: type[nn.Module]) -> type[nn.Module]:
         @functools.wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             how = vars(self)[STATE]
-            if len(args) != 1 or kwargs or not _holds(self, how):
+            if len(args) != 1 or kwargs or not holds(self, how):
+                if READ in vars(self):
+                    raise RuntimeError(f"{vars(self)[READ][0]} is read, but runs its own forward: hook its Linears")
                 return original.forward(self, *args, **kwargs)
-            (w, v, p), biases = how.form.weights(self)
-            return gated_mlp(args[0], w, v, p, *biases, recompute=how.recompute, impl=how.impl, **how.form.options)
+            return run(self, how, args[0])
 
         def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
             how = vars(self)[STATE]
-            if is_traceable_wrapper_subclass(gate_up) or not _holds(self, how):
+            if is_traceable_wrapper_subclass(gate_up) or not holds(self, how):
                 return original._apply_gate(self, gate_up)  # type: ignore[attr-defined]
             first, second = how.form.split(gate_up)
             a, z = (second, first) if how.form.gate_first else (first, second)
-            return gate(a, z, impl=how.impl, **how.form.options)
+            return gate(a, z, impl=how.impl, **how.form.keywords(self))
 
         replaced = {"_apply_gate": _apply_gate} if hasattr(original, "_apply_gate") else {"forward": forward}
         names = {

@@ -54,7 +54,8 @@ def gated_weights(model: nn.Module, layer: int | str, fold_norm: bool = True) ->
         scale = _norm_scale(*_norm_before(model, module, name), w)
         w, v = w * scale, v * scale
     detached = (None if t is None else t.detach() for t in (w, v, p, *biases))
-    return GatedWeights(*detached, **form.options)  # type: ignore[arg-type]
+    keywords = {k: v.item() if isinstance(v, Tensor) else v for k, v in form.keywords(module).items()}
+    return GatedWeights(*detached, **keywords)  # type: ignore[arg-type]
 
 
 def _find(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_index
-from bilinear_ops._sharding import refuse_sharded, sharded
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.interaction import forms as composite
 from bilinear_ops.results import REDUCTIONS
 
@@ -64,24 +64,41 @@ def eigen_form(
         IndexError: an index out of range.
         ValueError: unknown reduce.
     """
-    refuse_sharded("eigen_form", (x, values, vectors), "there is no sharding rule; pass plain tensors")
-    sizes = check(x=(x, "... d" if pairs is None else "M d"), values=(values, "K r"), vectors=(vectors, "K r d"))
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    if pairs is not None:
-        t, k = pairs
-        check_index("k", k, sizes["K"], (None,), x)
-        check_index("t", t, sizes["M"], tuple(k.shape), x)
+    if pairs is None:
+        return _eigen_form(x, values, vectors, reduce)
+    if not isinstance(pairs, tuple | list) or len(pairs) != 2:
+        raise TypeError(f"pairs must be two int64 tensors (t, k), got {type(pairs).__name__}")
+    return _eigen_pairs(x, values, vectors, *pairs, reduce)
+
+
+@sharded("... K", over="... K", x="... d", values="K r", vectors="K r d")
+def _eigen_form(x: Tensor, values: Tensor, vectors: Tensor, reduce: str) -> Tensor:
+    check(x=(x, "... d"), values=(values, "K r"), vectors=(vectors, "K r d"))
+    _check_reduce(reduce)
     if _impl.needs_reference():
-        return reference.eigen_form(x, values, vectors, pairs=pairs, reduce=reduce)
-    if pairs is not None:
-        return eigen_pairs_op(x, values, vectors, *pairs, reduce)
+        return reference.eigen_form(x, values, vectors, reduce=reduce)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return (
         composite.eigen_form(rows, values, vectors, reduce)
         .unflatten(0, x.shape[:-1] or (1,))
         .view(*x.shape[:-1], *values.shape[: 1 if reduce == "sum" else 2])
     )
+
+
+@sharded("N", over="N", x="M d", values="K r", vectors="K r d", t="N", k="N")
+def _eigen_pairs(x: Tensor, values: Tensor, vectors: Tensor, t: Tensor, k: Tensor, reduce: str) -> Tensor:
+    sizes = check(x=(x, "M d"), values=(values, "K r"), vectors=(vectors, "K r d"))
+    _check_reduce(reduce)
+    check_index("k", k, sizes["K"], (None,), x)
+    check_index("t", t, sizes["M"], tuple(k.shape), x)
+    if _impl.needs_reference():
+        return reference.eigen_form(x, values, vectors, pairs=(t, k), reduce=reduce)
+    return eigen_pairs_op(x, values, vectors, t, k, reduce)
+
+
+def _check_reduce(reduce: str) -> None:
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
 
 
 def _pairs_fake(x, values, vectors, t, k, reduce):

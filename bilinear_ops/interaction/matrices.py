@@ -111,6 +111,7 @@ def _chunk(directions: int, o: int, packed: bool, w: Tensor, chunk_bytes: int, i
     return low
 
 
+@sharded("...", over="...", q="... i j")
 def pack_symmetric(q: Tensor) -> Tensor:
     """The entries i <= j of symmetric matrices, row by row: `[..., d, d]` -> `[..., d(d+1)/2]`, as they are.
 
@@ -122,6 +123,7 @@ def pack_symmetric(q: Tensor) -> Tensor:
     return composite.pack_symmetric(q)
 
 
+@sharded("...", over="...", t="... n")
 def unpack_symmetric(t: Tensor, d: int) -> Tensor:
     """The symmetric matrices of a packed tensor: `[..., d(d+1)/2]` -> `[..., d, d]`, equal to their transposes.
 

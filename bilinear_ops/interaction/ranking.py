@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bilinear_ops import _impl, _op, reference
+from bilinear_ops import _flops, _impl, _op, reference
 from bilinear_ops._check import check, check_integers, check_layer
 from bilinear_ops._sharding import gathered, is_sharded, over_directions, refuse_sharded, sharded
 from bilinear_ops.composite.blockwise import widen
@@ -19,6 +19,7 @@ from bilinear_ops.composite.limits import limits
 from bilinear_ops.interaction.entries import interaction_entries
 from bilinear_ops.interaction.matrices import factors
 from bilinear_ops.interaction.matrices import forward as interaction_matrices
+from bilinear_ops.reference.interaction.matrices import in_basis
 from bilinear_ops.results import (
     SCOPES,
     SCORES,
@@ -111,6 +112,8 @@ def _interaction_topk(
         if weight.shape[-2:] != (features, features) or weight.dim() == 3 and weight.shape[0] != sizes["K"]:
             expected = f"[{features}, {features}] or [{sizes['K']}, {features}, {features}]"
             raise RuntimeError(f"weight must have shape {expected}, got {list(weight.shape)}")
+    elif weight is not None and not callable(weight):
+        raise TypeError(f"weight must be a torch.Tensor or a function, got {type(weight).__name__}")
     impl = _impl.resolve(impl, w)
     if _impl.needs_reference():
         return reference.interaction_topk(w, v, c, n, score=score, scope=scope, weight=weight, basis=basis)
@@ -119,11 +122,8 @@ def _interaction_topk(
         weight = weight.detach()
     elif weight is not None and outputs is not None:
         weight = _weight_of(outputs, weight)
-    # a function cannot pass through a registered op
-    select: Callable[..., tuple[Tensor, ...]] = topk_op if weight is None or isinstance(weight, Tensor) else _topk
     with torch.no_grad():
-        detached = [None if t is None else t.detach() for t in tensors]
-        top = TopInteractions(*select(*detached, weight, n, score, scope, impl))
+        top = TopInteractions(*_selected(*tensors, weight, n, score, scope, impl))
     numbered = top if outputs is None else top._replace(k=outputs[top.k])
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return numbered
@@ -132,6 +132,29 @@ def _interaction_topk(
     if score in ("cross", "pair"):
         values = values * (1 + (i != j).long())  # a pair counts Q_ij and Q_ji
     return numbered._replace(values=values.view(top.k.shape))
+
+
+def _selected(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor,
+    u: Tensor | None,
+    basis: Tensor | None,
+    weight: composite.Weight,
+    n: int,
+    score: str,
+    scope: str,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """By one sort where the layer is small and nothing sees it, by the op else."""
+    if impl == "torch" and _impl.is_unwatched():
+        found = composite.ranked_at_once(w, v, c, u, basis, weight, n, score, scope)
+        if found is not None:
+            return found
+    # a function cannot pass through a registered op
+    select: Callable[..., tuple[Tensor, ...]] = topk_op if weight is None or isinstance(weight, Tensor) else _topk
+    detached = [None if t is None else t.detach() for t in (w, v, c, u, basis)]
+    return select(*detached, weight, n, score, scope, impl)
 
 
 def _weight_of(outputs: Tensor, weight: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
@@ -300,15 +323,22 @@ def _moments_fake(w, v, c, u, basis, impl):
     return tuple(w.new_empty((c if u is None else u).shape[0], dtype=wide) for _ in range(5))
 
 
+def _matrices_of(w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None) -> Tensor:
+    """What is ranked and summed, for a count of FLOPs."""
+    return reference.interaction_matrices(*in_basis(w, v, basis), c if u is None else Directions(u, c))
+
+
 topk_op = _op.register(
     "interaction_topk(Tensor w, Tensor v, Tensor c, Tensor? u, Tensor? basis, Tensor? weight, SymInt n, str score, "
     "str scope, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _topk,
     _topk_fake,
+    lambda w, v, c, u, basis, *_: _flops.of_call(_matrices_of, w, v, c, u, basis),
 )
 moments_op = _op.register(
     "interaction_moments(Tensor w, Tensor v, Tensor c, Tensor? u, Tensor? basis, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _moments,
     _moments_fake,
+    lambda w, v, c, u, basis, _: _flops.of_call(_matrices_of, w, v, c, u, basis),
 )

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_reals, check_shape, check_sizes
 from bilinear_ops.rank1.losses import frequency_penalty
 
 RULES = ("sign", "adam")
@@ -48,6 +49,8 @@ class AdversarialSource(nn.Module):
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        check_sizes(c=c)
+        shape = check_shape(shape)
         self.rule, self.betas, self.eps = rule, betas, eps
         source = torch.rand(*shape, c + 1, generator=generator, device=device)
         self.register_buffer("source", source.requires_grad_())
@@ -103,6 +106,8 @@ class FrequencyPenalty(nn.Module):
 
     def __init__(self, c: int, *, scale: float, decay: float, device: torch.device | str | None = None):
         super().__init__()
+        check_sizes(c=c)
+        check_reals(scale=scale, decay=decay)
         self.scale, self.decay = scale, decay
         self.register_buffer("running", torch.zeros(c, device=device))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool, device=device))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilinear_ops import gates
-from bilinear_ops.gated import gated_bilinear, gated_mlp
-from bilinear_ops.results import ACTIVATIONS
+from bilinear_ops._check import check_sizes
+from bilinear_ops.gated import check_gate, gate, gated_bilinear, gated_mlp
+from bilinear_ops.results import Activations
 
 NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not
     "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
@@ -28,6 +31,9 @@ class _Gated(nn.Module):
     beta: Tensor | None
     b_w: Tensor | None
     b_v: Tensor | None
+    limit: float | None = None
+    offset: float | None = None
+    HALVED: tuple[str, ...]  # the parameters that are halved together to halve the layer's hidden units
     _initial_beta = 1.0
 
     def __init__(
@@ -36,15 +42,20 @@ class _Gated(nn.Module):
         d_hidden: int,
         activation: str,
         beta: float | Tensor,
+        limit: float | None,
+        offset: float | None,
         bias: bool,
         factory: dict[str, Any],
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check_gate(activation, 1.0, limit, offset, torch.empty(0))
         if activation != "swish" and not (isinstance(beta, float | int) and beta == 1.0):
             raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
-        self.activation = activation
+        for name, number in (("limit", limit), ("offset", offset)):
+            if not isinstance(number, float | int | None):
+                raise TypeError(f"{name} must be a float, got {type(number).__name__}")
+        check_sizes(d_in=d_in, d_hidden=d_hidden)
+        self.activation, self.limit, self.offset = activation, limit, offset
         self.w = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
         self.v = nn.Parameter(torch.empty(d_hidden, d_in, **factory))
         self.b_w = nn.Parameter(torch.empty(d_hidden, **factory)) if bias else None
@@ -93,31 +104,59 @@ class _Gated(nn.Module):
         return [(self.w, self.b_w), (self.v, self.b_v)]
 
     def _options(self) -> dict[str, Any]:
-        return {"activation": self.activation, "beta": 1.0 if self.beta is None else self.beta.reshape(())}
+        beta = 1.0 if self.beta is None else self.beta.reshape(())
+        return {"activation": self.activation, "beta": beta, "limit": self.limit, "offset": self.offset}
 
-    def _halve(self) -> None:
-        raise NotImplementedError
+    def activations(self, x: Tensor) -> Activations:
+        """The pre-activations and the hidden units, `Activations(a, z, hid)` of `[..., h]`, for x `[..., d_in]`.
+
+        a = x w^T + b_w and z = x v^T + b_v as the gate gets them, before a limit and an offset; hid is the gate's
+        output, and that of the whole layer is hid p^T + b_p. Differentiable; compiles without a graph break.
+        """
+        a, z = F.linear(x, self.w, self.b_w), F.linear(x, self.v, self.b_v)
+        return Activations(a, z, gate(a, z, **self._options()))
+
+    def _check_bilinear(self) -> None:
+        if self.limit is not None or self.offset is not None:
+            raise ValueError(f"a gate with a limit or an offset is not bilinear, got {self.limit} and {self.offset}")
+        if self.activation == "identity":
+            return
+        if self.activation != "swish" or self.beta is None or self.beta.item() != 0:
+            slope = "" if self.beta is None else f" at beta {self.beta.item():g}"
+            raise ValueError(f"only identity and swish at beta 0 are bilinear, got {self.activation}{slope}")
+
+    def _drop_activation(self) -> None:
+        self.activation = "identity"
+        self.beta = None
 
     @torch.no_grad()
     def bilinearise_(self) -> Self:
         """Convert a layer annealed to swish at beta 0, which is z / 2, to the equal bilinear layer ([P] App. H).
 
-        In place; a bilinear layer stays as it is. Raises ValueError for other activations and for beta other than 0.
+        In place: of a layer made by `from_linear` or `from_packed` this halves the weight of the caller's own Linear,
+        and so everything that shares it; `bilinearise` converts a copy. A bilinear layer stays as it is. A whole model
+        is converted by `nn.bilinearise_`.
+
+        Raises:
+            ValueError: another activation, beta other than 0, a limit or an offset.
         """
-        if self.activation == "identity":
-            return self
-        if self.activation != "swish" or self.beta is None or self.beta.item() != 0:
-            slope = "" if self.beta is None else f" at beta {self.beta.item():g}"
-            raise ValueError(f"only identity and swish at beta 0 are bilinear, got {self.activation}{slope}")
-        self._halve()
-        self.activation = "identity"
-        self.beta = None
+        self._check_bilinear()
+        if self.activation == "swish":
+            for name in self.HALVED:
+                if getattr(self, name) is not None:
+                    getattr(self, name).mul_(0.5)
+            self._drop_activation()
         return self
+
+    def bilinearise(self) -> Self:
+        """`bilinearise_` on a copy, which shares no parameter with this layer."""
+        return copy.deepcopy(self).bilinearise_()
 
     def extra_repr(self) -> str:
         h, d = self.w.shape
         beta = "" if self.beta is None or self.beta.is_meta else f", beta={self.beta.item():g}"
-        return f"d_in={d}, d_hidden={h}, activation={self.activation!r}{beta}, bias={self.b_w is not None}"
+        bounds = "".join(f", {n}={getattr(self, n):g}" for n in ("limit", "offset") if getattr(self, n) is not None)
+        return f"d_in={d}, d_hidden={h}, activation={self.activation!r}{beta}{bounds}, bias={self.b_w is not None}"
 
 
 class GatedBilinear(_Gated):
@@ -128,9 +167,12 @@ class GatedBilinear(_Gated):
         activation: as in `bilinear_ops.gated_bilinear`.
         beta: slope of swish, a float or a tensor of shape [] or [1]. Kept as the buffer `beta`, or trained if it is a
             Parameter. A Parameter of shape [] becomes one of shape [1].
+        limit, offset: as in `bilinear_ops.gated_bilinear`: floats, which a checkpoint does not hold.
         bias: whether to learn b_w and b_v.
         device, dtype: of the parameters.
     """
+
+    HALVED = ("w", "b_w")
 
     def __init__(
         self,
@@ -139,17 +181,15 @@ class GatedBilinear(_Gated):
         *,
         activation: str = "identity",
         beta: float | Tensor = 1.0,
+        limit: float | None = None,
+        offset: float | None = None,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(d_in, d_hidden, activation, beta, bias, {"device": device, "dtype": dtype})
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(d_in, d_hidden, activation, beta, limit, offset, bias, factory)
         self.reset_parameters()
-
-    def _halve(self) -> None:
-        for t in (self.w, self.b_w):
-            if t is not None:
-                t.mul_(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return gated_bilinear(x, self.w, self.v, self.b_w, self.b_v, **self._options())
@@ -160,11 +200,12 @@ class GatedMLP(_Gated):
 
     Args:
         d_in, d_hidden, d_out: sizes of inputs, hidden units and outputs; d_out is d_in unless given.
-        activation, beta, bias, device, dtype: as for `GatedBilinear`; bias adds b_p too.
+        activation, beta, limit, offset, bias, device, dtype: as for `GatedBilinear`; bias adds b_p too.
         recompute: keep only the input for backward.
     """
 
     b_p: Tensor | None
+    HALVED = ("p",)
 
     def __init__(
         self,
@@ -174,14 +215,17 @@ class GatedMLP(_Gated):
         *,
         activation: str = "identity",
         beta: float | Tensor = 1.0,
+        limit: float | None = None,
+        offset: float | None = None,
         bias: bool = False,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         factory = {"device": device, "dtype": dtype}
-        super().__init__(d_in, d_hidden, activation, beta, bias, factory)
+        super().__init__(d_in, d_hidden, activation, beta, limit, offset, bias, factory)
         d_out = d_in if d_out is None else d_out
+        check_sizes(d_out=d_out)
         self.p = nn.Parameter(torch.empty(d_out, d_hidden, **factory))  # type: ignore[arg-type]
         self.b_p = nn.Parameter(torch.empty(d_out, **factory)) if bias else None  # type: ignore[arg-type]
         self.recompute = recompute
@@ -196,6 +240,8 @@ class GatedMLP(_Gated):
         down: nn.Linear,
         activation: str,
         beta: float | Tensor = 1.0,
+        limit: float | None = None,
+        offset: float | None = None,
         recompute: bool = False,
     ) -> Self:
         """Replace the three Linears of a Llama-style MLP by one layer that shares their parameters.
@@ -227,7 +273,7 @@ class GatedMLP(_Gated):
         named = NAMES.get(activation, {"activation": activation})
         if "beta" in named and not (isinstance(beta, float | int) and beta == 1.0):
             raise ValueError(f"{activation} has a beta of its own, got {beta}")
-        options: dict[str, Any] = {"beta": beta, **named, "recompute": recompute}
+        options: dict[str, Any] = {"beta": beta, "limit": limit, "offset": offset, **named, "recompute": recompute}
         layer = cls(d, h, o, **options, device="meta", dtype=up.weight.dtype)
         layer._keep_beta(options["beta"], up.weight.device)
         for name, linear in (("w", up), ("v", gate), ("p", down)):
@@ -243,6 +289,8 @@ class GatedMLP(_Gated):
         down: nn.Linear,
         activation: str,
         beta: float | Tensor = 1.0,
+        limit: float | None = None,
+        offset: float | None = None,
         recompute: bool = False,
     ) -> Self:
         """The layer of an MLP that packs its up-projections, gate first (Phi-3, GLM-4), sharing their memory.
@@ -258,7 +306,8 @@ class GatedMLP(_Gated):
                     setattr(linear, name, nn.Parameter(t.detach().chunk(2)[half], requires_grad=t.requires_grad))
             halves.append(linear)
         gate, up = halves
-        return cls.from_linear(gate=gate, up=up, down=down, activation=activation, beta=beta, recompute=recompute)
+        options: dict[str, Any] = {"beta": beta, "limit": limit, "offset": offset, "recompute": recompute}
+        return cls.from_linear(gate=gate, up=up, down=down, activation=activation, **options)
 
     def to_linear(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """The Linears (gate, up, down) that share this layer's parameters: `from_linear` undone.
@@ -269,9 +318,6 @@ class GatedMLP(_Gated):
 
     def _linears(self) -> list[tuple[Tensor, Tensor | None]]:
         return [*super()._linears(), (self.p, self.b_p)]
-
-    def _halve(self) -> None:
-        self.p.mul_(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return gated_mlp(

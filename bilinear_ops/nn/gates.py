@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_reals, check_sizes
 from bilinear_ops.rank1.gates import component_gates
 from bilinear_ops.rank1.losses import lower_leaky_hard_sigmoid, upper_leaky_hard_sigmoid
 
@@ -52,6 +53,8 @@ class Gates(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        check_sizes(d_in=d_in, c=c, hidden=hidden)
+        check_reals(alpha=alpha)
         self.kind, self.d_in, self.c, self.hidden, self.alpha = kind, d_in, c, hidden, alpha
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         units = (hidden,) if kind == "shared" else (c, hidden)

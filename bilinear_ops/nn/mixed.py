@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilinear_ops._check import check, check_sizes
+
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -41,7 +43,12 @@ class MixedWeights(nn.Module):
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
         if slack and direction == "reverse":
             raise ValueError("slack belongs to direction='forward': a reverse replacement is free already")
-        h = original.shape[0]
+        h = check(original=(original, "h d"))["h"]
+        check_sizes(rows=rows)
+        if h == 0:
+            raise RuntimeError("original must have rows, got [0, d]")
+        if pattern is not None and (not isinstance(pattern, Tensor) or pattern.dtype != torch.bool):
+            raise TypeError(f"pattern must be a bool tensor, got {getattr(pattern, 'dtype', type(pattern).__name__)}")
         self.direction, self.rows = direction, rows
         self.register_buffer("original", original.detach().clone())
         copies = torch.arange(rows, device=original.device) % h

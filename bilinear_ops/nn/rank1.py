@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops import _op
-from bilinear_ops._check import check_beside, check_index
+from bilinear_ops._check import DTYPES, check_beside, check_index, check_sizes
 from bilinear_ops._masks import check_remainder
 from bilinear_ops.rank1.masked import rank1_linear, stochastic_rank1_linear
 from bilinear_ops.rank1.masks import stochastic_delta
@@ -19,6 +19,11 @@ DRAWN = ("samples", "seed", "stream", "row_numbers", "impl")  # options that dra
 
 def _check_frozen(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (t, shape) in given.items():
+        for n in shape:
+            check_sizes(**{f"a size of {name}": n})
+        if t is not None and (not isinstance(t, Tensor) or t.dtype not in DTYPES):
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         if t is not None and t.shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
 
@@ -31,6 +36,7 @@ class _Rank1(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, c: int, target: Tensor | None, bias: Tensor | None):
         super().__init__()
+        check_sizes(d_in=d_in, d_out=d_out, c=c)
         factory: dict[str, Any] = {} if target is None else {"device": target.device, "dtype": target.dtype}
         self.read = nn.Parameter(torch.empty(d_in, c, **factory))
         self.write = nn.Parameter(torch.empty(c, d_out, **factory))

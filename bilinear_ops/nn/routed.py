@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, gated
-from bilinear_ops._check import check, check_beside
+from bilinear_ops._check import check, check_beside, check_integers, check_reals
 
 RULES = ("threshold", "topk", "proportional")
 
@@ -24,12 +24,18 @@ def route(gates: Tensor, rule: str, *, threshold: float = 0.5, k: int = 1) -> Te
         `[..., h]` in the dtype of gates, without gradient.
 
     Raises:
-        ValueError: unknown rule.
+        TypeError: gates that are not a floating-point tensor.
+        ValueError: unknown rule, or k out of range.
     """
+    sizes = check(gates=(gates, "... h"))
+    check_integers(k=k)
+    check_reals(threshold=threshold)
     gates = gates.detach()
     if rule == "threshold":
         return (gates > threshold).to(gates.dtype)
     if rule == "topk":
+        if not 0 <= k <= sizes["h"]:
+            raise ValueError(f"k must be from 0 to h={sizes['h']}, got {k}")
         return torch.zeros_like(gates).scatter_(-1, gates.topk(k).indices, 1.0)
     if rule == "proportional":
         return gates
@@ -75,8 +81,11 @@ def routed_gated_mlp(
         b_p=(b_p, "? o"),
     )
     lead, h = x.shape[:-1], w.shape[0]
+    if route is None:
+        raise TypeError("route must be a torch.Tensor, got NoneType")
     check_beside(x, route=(route, (*lead, h)))
-    numbers = gated.check_gate(activation, gated.Numbers(beta), x)
+    gated.check_gate(activation, beta, None, None, x)
+    numbers = gated.Numbers(beta)
     slope, *_ = gated.number_tensors(activation, numbers, x)
     rows, of_rows = x.reshape(lead.numel(), x.shape[-1]), route.expand(*lead, h).reshape(lead.numel(), h)
     y = _Routed.apply(rows, w, v, p, b_w, b_v, b_p, slope, of_rows, activation, _impl.resolve(impl, x))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_reals, check_sizes
 from bilinear_ops.rank1.sparse import rank1_sparse
 
 KINDS = ("topk", "jumprelu")
@@ -43,6 +44,8 @@ class Transcoder(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        check_sizes(d_in=d_in, d_out=d_out, c=c, k=k)
+        check_reals(bandwidth=bandwidth)
         self.kind, self.k, self.bandwidth = kind, min(k, c), bandwidth
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.read = nn.Parameter(torch.empty(d_in, c, **factory))

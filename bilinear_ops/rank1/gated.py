@@ -82,7 +82,7 @@ def stochastic_gated_mlp(
             a beta without swish.
     """
     x, w, v, p, b_w, b_v, b_p, target = _op.autocast(x, w, v, p, b_w, b_v, b_p, target)
-    beta = _check(x, w, v, p, b_w, b_v, b_p, target, activation, beta)
+    _check(x, w, v, p, b_w, b_v, b_p, target, activation, beta)
     check_remainder(x, delta, routing, target=target)
     masks = stochastic_masks(
         x, gates, (*x.shape[:-1], w.shape[0]), samples=samples, seed=seed, sampling=sampling, delta=delta,
@@ -114,7 +114,7 @@ def masked_gated_mlp(
     impl: str,
 ) -> Tensor:
     """`gated_mlp` under a given mask."""
-    beta = _check(x, w, v, p, b_w, b_v, b_p, None, activation, beta)
+    _check(x, w, v, p, b_w, b_v, b_p, None, activation, beta)
     check_beside(x, mask=(mask, (*x.shape[:-1], w.shape[0])))
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
@@ -134,7 +134,7 @@ def _check(
     target: Tensor | None,
     activation: str,
     beta: float | Tensor,
-) -> float | Tensor:
+) -> None:
     check(
         x=(x, "... d"),
         w=(w, "h d"),
@@ -147,7 +147,7 @@ def _check(
     )
     if target is not None and target.shape[:-1] != x.shape[:-1]:
         raise RuntimeError(f"target must have shape {[*x.shape[:-1], p.shape[0]]}, got {list(target.shape)}")
-    return gated.check_gate(activation, gated.Numbers(beta), x).beta
+    gated.check_gate(activation, beta, None, None, x)
 
 
 def _masked(

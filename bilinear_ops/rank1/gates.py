@@ -7,10 +7,11 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, reference
 from bilinear_ops._check import check, check_beside
-from bilinear_ops._sharding import refuse_sharded
+from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import gates as composite
 
 
+@sharded("... C", over="... C", acts="... C", w1="C H", b1="C H", w2="C H", b2="C")
 @_op.without_autocast
 def component_gates(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """sum_j w2_cj gelu(acts_c w1_cj + b1_cj) + b2_c: a small MLP for each subcomponent, of its activation ([SPD]).
@@ -30,7 +31,6 @@ def component_gates(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
         RuntimeError: mismatched shapes, dtypes or devices.
         TypeError: an argument that is not a floating-point tensor.
     """
-    refuse_sharded("component_gates", (acts, w1, b1, w2, b2), "there is no sharding rule; pass plain tensors")
     sizes = check(w1=(w1, "C H"), b1=(b1, "C H"), w2=(w2, "C H"), b2=(b2, "C"))
     check(acts=(acts, "... C"))
     if acts.shape[-1] != sizes["C"]:

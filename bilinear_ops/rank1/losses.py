@@ -62,7 +62,10 @@ def pooled_faithfulness_loss(
     Raises:
         as `faithfulness_loss`.
     """
-    layers = list(layers)
+    layers = list(layers) if isinstance(layers, Iterable) else [layers]
+    for layer in layers:
+        if not isinstance(layer, tuple | list) or len(layer) != 3:
+            raise TypeError(f"layers must be tuples (weight, read, write), got {type(layer).__name__}")
     if not layers:
         return torch.full((), torch.nan)
     squares = [faithfulness_loss(*layer, impl=impl) * layer[0].numel() for layer in layers]

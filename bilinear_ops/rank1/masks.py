@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op
-from bilinear_ops._check import check, check_integers, check_sampling, check_seed
+from bilinear_ops._check import DENSE, check, check_integers, check_sampling, check_seed, check_shape
 from bilinear_ops._sharding import sharded
 from bilinear_ops.composite.rank1 import masks as composite
 from bilinear_ops.composite.rank1.masks import blend, delta_site, mask_site, routing_site
@@ -88,6 +88,7 @@ def stochastic_delta(
     """
     check_sampling(samples, SAMPLINGS[0])
     check_integers(stream=stream)
+    shape = check_shape(shape)
     seed = check_seed(seed, torch.empty(0, device=device).device)
     check_numbers(shape, 1, row_numbers, None, seed.device)
     tokens = torch.Size(shape).numel()
@@ -120,6 +121,7 @@ def subset_routing(
         as `stochastic_mask`, and ValueError for sites below 1.
     """
     check_integers(sites=sites, stream=stream)
+    shape = check_shape(shape)
     if sites < 1:
         raise ValueError(f"sites must be at least 1, got {sites}")
     seed = check_seed(seed, torch.empty(0, device=device).device)
@@ -142,6 +144,8 @@ def check_numbers(
             continue
         if not isinstance(t, Tensor) or t.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        if t.layout not in DENSE:
+            raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
         if tuple(t.shape) != shape or t.device != device:
             raise RuntimeError(f"{name} must have shape {list(shape)} on {device}, got {list(t.shape)} on {t.device}")
 

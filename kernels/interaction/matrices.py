@@ -149,7 +149,7 @@ def interaction_matrices(
 
     if w.numel() == 0 or directions == 0:
         return run(config.LIBRARY)
-    tiles = config.interaction_matrices(config.architecture(w.device), w.dtype, directions, h)
+    tiles = config.interaction_matrices(config.architecture(w.device), w.dtype, directions)
     return via.launch("interaction_matrices", w, (tuning.bucket(directions), d, h, packed), tiles, run, library=library)
 
 
@@ -161,7 +161,7 @@ def workspace(directions: int, o: int, packed: bool, w: Tensor) -> int:
         mixture = 0 if packed else 2 * min(directions * d * d, max(d * d, MIXED))
         return stage + max(workspace(o, 0, True, w), mixture)
     product = directions * h if o else 0
-    (tile,) = config.interaction_matrices(config.architecture(w.device), w.dtype, directions, h)
+    (tile,) = config.interaction_matrices(config.architecture(w.device), w.dtype, directions)
     if tile is None:
         return product + composite.workspace(directions, 0, packed, w)
     return product + (2 * d + directions) * _columns(h, tile)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _op
-from bilinear_ops._check import check_integers, check_layer
+from bilinear_ops._check import check_integers, check_layer, check_reals
 from bilinear_ops._sharding import gathered, over_directions, sharded
 from bilinear_ops.analysis.eigen.eigensolvers import Solution, compress, extremes_first, plan, solve
 from bilinear_ops.analysis.eigen.gradient import differentiable
@@ -105,6 +105,7 @@ def interaction_eigh(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_reals(tol=tol)
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
     most = d // 2 if which == "both" else d

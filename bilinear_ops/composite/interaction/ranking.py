@@ -21,6 +21,65 @@ Matrices = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 Weight = Tensor | Callable[[int], Tensor] | None
 
 
+def ranked_at_once(
+    w: Tensor,
+    v: Tensor,
+    c: Tensor,
+    u: Tensor | None,
+    basis: Tensor | None,
+    weight: Weight,
+    n: int,
+    score: str,
+    scope: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`interaction_topk` of a small layer on CPU, all pairs in one sort: calls cost more than arithmetic there.
+
+    None for larger layers, and where equal ranks or NaN leave an order that the sort does not decide.
+    """
+    (h, d), outputs = w.shape, (c if u is None else u).shape[0]
+    features = d if basis is None else basis.shape[1]
+    most = features if score == "self" else features * features  # ranks of an output
+    if scope == "global":
+        most *= outputs
+    if not w.is_cpu or min(h, d, n) == 0 or n >= most:
+        return None
+    if outputs * max(d, features) * max(h, d, features) > limits.at_once:
+        return None
+    dtype = w.dtype
+    if dtype.itemsize < 4:
+        w, v, c, u, basis = widen(w, v, c, u, basis)
+    scaled = (c if u is None else u @ c).unsqueeze(1) * w.t().contiguous()  # [K, d, h]
+    q = scaled.view(-1, h).mm(v).view(outputs, d, d)
+    del scaled
+    if basis is not None:
+        q = basis.t() @ q @ basis
+    values = q + q.mT
+    if score in ("self", "entry"):
+        values *= 0.5
+    elif score == "pair":  # Q_ii counts once where 2 Q_ij counts both triangles
+        values.diagonal(dim1=1, dim2=2).mul_(0.5)
+    if weight is None:
+        rank = values.abs()
+    else:
+        scale = weight if isinstance(weight, Tensor) else torch.stack([weight(k) for k in range(outputs)])
+        rank = (values * scale).abs_()
+    if score == "self":
+        values, rank = values.diagonal(dim1=1, dim2=2), rank.diagonal(dim1=1, dim2=2)
+    else:
+        rank = rank.triu_(int(score == "cross"))  # what is not ranked ties at 0 with the rest of its kind
+    first = 0 if scope == "global" else 1
+    best, place = rank.flatten(first).topk(n + 1)
+    if not (best[..., 1:] < best[..., :-1]).all():
+        return None
+    place = place[..., :n].contiguous()
+    values = values.flatten(first).gather(-1, place).to(dtype)
+    if scope == "global":
+        k, place = place // (most // outputs), place % (most // outputs)
+    else:
+        k = torch.arange(outputs * n).view(outputs, n) // n
+    return (values, k, place, place.clone()) if score == "self" else (values, k, place // features, place % features)
+
+
 class _Tile(NamedTuple):
     """Entries [m, r, s] of outputs from k, rows from r and columns from s on."""
 

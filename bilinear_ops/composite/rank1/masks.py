@@ -18,6 +18,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 PAIR_BITS = 24
+ROW = ((GOLDEN << PAIR_BITS) + (1 << 63)) % (1 << 64) - (1 << 63)  # what a row adds to a word
 
 
 def mask_site(stream: int) -> int:
@@ -42,6 +43,10 @@ def blend(gates: Tensor, r: Tensor) -> Tensor:
 
 def sample_states(seed: Tensor, site: int, samples: int) -> Tensor:
     """The states [samples] of the samples of one site: seed int64 []."""
+    if seed.device.type == "cpu":  # a few numbers: Python's arithmetic takes less than the calls
+        first = _mixed(int(seed) + (site + 1) * GOLDEN)
+        words = [_mixed(first + sample * GOLDEN) for sample in range(1, samples + 1)]
+        return torch.tensor([word - (word >> 63 << 64) for word in words], dtype=torch.int64)
     state = seed + torch.full_like(seed, site + 1) * GOLDEN  # a tensor, whose product wraps
     _mix_(state, torch.empty_like(state))
     states = state + torch.arange(1, samples + 1, device=seed.device) * GOLDEN
@@ -59,10 +64,12 @@ def uniform(
     column_numbers: Tensor | None = None,
 ) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
-    out = torch.empty(samples, rows, columns, device=seed.device)
-    for sample, state in zip(out, sample_states(seed, site, samples), strict=True):
-        for block, u in uniform_blocks(state, 0, rows, columns, row_numbers, column_numbers):
-            sample[block] = u
+    states, out = sample_states(seed, site, samples), torch.empty(samples, rows, columns, device=seed.device)
+    for sample in range(samples):
+        for block, u in uniform_blocks(states[sample], 0, rows, columns, row_numbers, column_numbers):
+            if samples == 1 and u.shape[0] == rows and u.is_contiguous():
+                return u.unsqueeze(0)  # all of it, in memory of its own
+            out[sample, block] = u
     return out
 
 
@@ -90,21 +97,34 @@ def uniform_blocks(
     budget = limits.draws if state.device.type == "cpu" else limits.device_draws
     height = min(items_per_block(words_a_row, budget), max(stop - start, 1))
     offsets = pairs * GOLDEN + state  # [words]
-    words, scratch = torch.empty(2, height, words_a_row, dtype=torch.int64, device=state.device)
+    words = torch.empty(height, words_a_row, dtype=torch.int64, device=state.device)
+    scratch = torch.empty_like(words)
     u = torch.empty(height, 2 * words_a_row if column_numbers is None else columns, device=state.device)
     for a, b in blocks(stop - start, words_a_row, budget):
         first, n = start + a, b - a
+        if n < height:
+            words, scratch, u = words[:n], scratch[:n], u[:n]
         if row_numbers is None:
             row = torch.arange(first, first + n, device=state.device)
         else:
             row = row_numbers[first : first + n]
-        torch.add(((row << PAIR_BITS) * GOLDEN)[:, None], offsets, out=words[:n])
-        _mix_(words[:n], scratch[:n])
+        torch.add((row * ROW)[:, None], offsets, out=words)
+        _mix_(words, scratch)
         if column_numbers is not None:  # the half of an odd column moves down
-            torch.bitwise_right_shift(words[:n], 32 * (column_numbers % 2), out=words[:n])
-        torch.bitwise_right_shift(words[:n].view(torch.int32), 8, out=scratch[:n].view(torch.int32))
-        halves = scratch[:n].view(torch.int32)[:, :: 1 if column_numbers is None else 2]
-        yield slice(first, first + n), u[:n].copy_(halves).mul_(2.0**-24).add_(0.5)[:, :columns]
+            torch.bitwise_right_shift(words, 32 * (column_numbers % 2), out=words)
+        halves = scratch.view(torch.int32)
+        torch.bitwise_right_shift(words.view(torch.int32), 8, out=halves)
+        if column_numbers is not None:
+            halves = halves[:, ::2]
+        yield slice(first, first + n), u.copy_(halves).mul_(2.0**-24).add_(0.5)[:, :columns]
+
+
+def _mixed(word: int) -> int:
+    """`_mix_` of one word, as an integer from 0 to 2^64 - 1."""
+    word %= 1 << 64
+    for bits, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
+        word = (word ^ word >> bits) * factor % (1 << 64)
+    return word
 
 
 def _mix_(words: Tensor, scratch: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""What the examples' findings share: Markdown tables, receipts as JSON, and whether docs/findings.md says the same.
+
+The page holds the text of an example between two marks of its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "findings.md"
+
+Receipt = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def written(receipt: Receipt) -> str:
+    """JSON with five decimals, a record a line."""
+    parts = []
+    for key, value in _rounded(receipt).items():
+        lines = ",\n".join(map(json.dumps, value))
+        parts.append(f'"{key}": ' + (f"[\n{lines}\n]" if isinstance(value, list) else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def check(name: str, receipt: Path, text: Callable[[Receipt], str]) -> int:
+    """Whether the page holds the text of a receipt; returns the exit status."""
+    held = (
+        PAGE.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")[2].partition(f"<!-- {name}:end -->\n")[0]
+    )
+    if held.strip() == text(json.loads(receipt.read_text(encoding="utf-8"))).strip():
+        print(f"{PAGE.name} says what {receipt.name} measured.")
+        return 0
+    print(f"{PAGE.name} differs from {receipt.name}: put the text of this receipt between its marks.")
+    return 1

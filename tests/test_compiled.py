@@ -1,0 +1,95 @@
+"""Promises about precision and sizes that interpreted kernels cannot break: read from compiled kernels and launches."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from compiled_worker import narrow_offsets
+
+from bench.static import baseline
+
+ROOT = Path(__file__).parents[1]
+TENSOR_CORES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+QUICK = ("precisions", "cases", "multiplications")  # in one process
+
+
+def found(what):
+    return facts(*(QUICK if what in QUICK else (what,)))[what]
+
+
+@cache
+def facts(*names):
+    """From a process of its own: in this one kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "compiled_worker.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_baseline_holds_what_the_gate_compiles():
+    """Every case once, without compiling any."""
+    names = found("cases")
+    (file,) = baseline.FOLDER.glob("baseline-*.json")
+    assert sorted(names) == sorted(json.loads(file.read_text())) and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("call", ("gated forward", "gated backward", "interaction, few", "interaction, many"))
+def test_fp32_products_are_in_tf32_only_where_that_was_asked_for(call):
+    """Of gated layers no launch multiplies unasked: their products are the library's, which follows the switch too."""
+    off, on = (found("precisions")[switch][call] for switch in ("off", "on"))
+    accurate = [] if call.startswith("gated") else ["tf32x3"]
+    assert {arch: off[arch] for arch in TENSOR_CORES} == dict.fromkeys(TENSOR_CORES, accurate)
+    assert off["gfx942"] == (["ieee"] if accurate else [])
+    assert on["sm_80"] == on["sm_90"] == ["tf32"]
+
+
+@pytest.mark.parametrize("switch", ("off", "on"))
+def test_faithfulness_is_never_in_plain_tf32(switch):
+    launched = found("precisions")[switch]["faithfulness"]
+    assert launched == {**dict.fromkeys(TENSOR_CORES, ["tf32x3"]), "gfx942": ["ieee"]}
+
+
+@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.parametrize("kernel", ("uniform_kernel", "mask_kernel", "mask_backward_kernel"))
+def test_masks_are_drawn_without_fused_multiply_adds(kernel):
+    """A fused product and sum rounds once and gives other masks than the specification's. Allowed, they are there."""
+    fused = found("fusions")[kernel]
+    assert fused["launched"] == 0 < fused["allowed"]
+
+
+def test_offsets_are_products_of_64_bits():
+    """A stride or a size times a run-time number, on its way to an address."""
+    narrow = found("multiplications")
+    assert len(narrow) == 12 and {name: lines for name, lines in narrow.items() if lines} == {}
+
+
+REPRESENTATION = """
+    %block = arith.constant 16 : i32
+    %pid = tt.get_program_id x : i32
+    %row = arith.muli %pid, %block : i32
+    %start = arith.muli %row, %stride : i32
+    %wide = arith.extsi %start : i32 to i64
+    %other = arith.muli %pid, %stride : i32
+    %tile = arith.divsi %other, %block : i32
+    %far = arith.extsi %row : i32 to i64
+    %offset = arith.muli %far, %stride64 : i64
+    %sum = arith.addi %{into}, %offset : i64
+    %p = tt.addptr %ptr, %sum : !tt.ptr<f32>, i64
+"""
+
+
+@pytest.mark.parametrize(
+    ("into", "lines"), (("wide", ["%start = arith.muli %row, %stride : i32"]), ("far", []), ("tile", []))
+)
+def test_what_counts_as_a_narrow_offset(into, lines):
+    assert narrow_offsets(REPRESENTATION.replace("{into}", into)) == lines

@@ -1,0 +1,343 @@
+"""Small layers on CPU run eager PyTorch, larger ones the op: results, graphs, counts and errors are alike."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import bilinear_ops as bo
+from bench.harness.timing import peak_memory
+from bilinear_ops import gated, testing
+from bilinear_ops.composite.interaction import ranking
+from bilinear_ops.composite.limits import limits
+from bilinear_ops.testing import randn
+
+M, D, H, OUT = 5, 4, 6, 3
+SIDES = pytest.mark.parametrize("bound", (M * D * H, M * D * H - 1), ids=("eager", "op"))
+
+
+@pytest.fixture
+def bounded(bound, monkeypatch):
+    monkeypatch.setattr(limits, "small_on_cpu", bound)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the op is called by the package's own functions."""
+    found = []
+    op = gated.gated_op
+    monkeypatch.setattr(gated, "gated_op", lambda *args: found.append(1) or op(*args))
+    return found
+
+
+def layer(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return bo.nn.GatedMLP(D, H, OUT, bias=True, **{"activation": "silu", **options})
+
+
+def both_sides(monkeypatch, f):
+    """f() below the threshold, and above it."""
+    found = []
+    for bound in (M * D * H, M * D * H - 1):
+        monkeypatch.setattr(limits, "small_on_cpu", bound)
+        found.append(f())
+    return found
+
+
+@pytest.mark.parametrize("activation", ("identity", "swish", "silu_clamped"))
+def test_results(activation, monkeypatch):
+    x = randn(M, D)
+    options = {"limit": 0.5, "offset": 1.0} if activation == "silu_clamped" else {}
+    options |= {"beta": torch.tensor(0.6)} if activation == "swish" else {}
+    module = layer(activation="silu")
+    tensors = [x, module.w, module.v, module.p, module.b_w, module.b_v, module.b_p]
+
+    def run():
+        f = lambda *t: bo.gated_mlp(*t, activation=activation, **options)  # noqa: E731
+        return testing.gradients(f, tensors, torch.ones(M, OUT))
+
+    for small, large in zip(*both_sides(monkeypatch, run), strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_flops(training, monkeypatch):
+    """As an eager layer's, forward and backward, at every size."""
+    x, module = randn(M, D).requires_grad_(training), layer().requires_grad_(training)
+
+    def run():
+        with FlopCounterMode(display=False) as counter:
+            y = module(x)
+            if training:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    assert both_sides(monkeypatch, run) == [(3 if training else 1) * 2 * M * H * (2 * D + OUT)] * 2
+
+
+def test_flops_of_the_gradients_asked_for():
+    """w's gradient alone: the products of dy with p, and of da with x."""
+    module = layer()
+    module.requires_grad_(False)
+    module.w.requires_grad_()
+    y = module(randn(M, D))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * M * H * (D + OUT)
+
+
+def test_flops_of_other_ops():
+    w, v, c, x = randn(H, D), randn(H, D), randn(7, H).requires_grad_(), randn(M, D)
+    read, write, gates = randn(D, 8).requires_grad_(), randn(8, OUT), torch.rand(M, 8)
+    counts = {
+        "interaction_topk": (lambda: bo.interaction_topk(w, v, c.detach(), 3), 2 * 7 * H * D * D),
+        "interaction": (lambda: bo.interaction_matrices(w, v, c).sum().backward(), 2 * 7 * H * D * D),
+        "rank1": (
+            lambda: bo.stochastic_rank1_linear(x, read, write, gates, samples=2, seed=1).sum().backward(),
+            2 * M * 8 * (D + 2 * OUT),
+        ),
+    }
+    for name, (run, expected) in counts.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        found = {str(op).rpartition(".")[2]: n for op, n in counter.get_flop_counts()["Global"].items()}
+        assert found[name] == expected, name
+        assert name == "interaction_topk" or found[f"{name}_backward"] > 0
+
+
+def test_formulas_wait_for_the_counter():
+    """The counter imports Triton and numpy: whichever is imported first, the formulas are registered."""
+    check = "assert torch.ops.bilinear_ops.gated in torch.utils.flop_counter.flop_registry"
+    for lines in ("import bilinear_ops, torch.utils.flop_counter", "import torch.utils.flop_counter, bilinear_ops"):
+        code = f"import sys, torch; before = len(sys.meta_path); {lines}; {check}; import importlib.util"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("pre_dispatch", (False, True))
+@SIDES
+def test_make_fx(bounded, pre_dispatch):
+    module, x = layer(), randn(M, D)
+    graph = make_fx(lambda x: module(x), pre_dispatch=pre_dispatch)(x)
+    assert "bilinear_ops.gated" in graph.code and "aten.mul" not in graph.code
+    torch.testing.assert_close(graph(x), module(x))
+
+
+@pytest.mark.parametrize("options", ({}, {"activation": "swish", "beta": nn.Parameter(torch.tensor(0.5))}))
+@SIDES
+def test_symbolic_trace(bounded, options):
+    """One node, whose arguments are the layer's parameters."""
+    module, x = layer(**options), randn(M, D)
+    traced = torch.fx.symbolic_trace(module)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [bo.gated_mlp]
+    torch.testing.assert_close(traced(x), module(x))
+    traced(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@SIDES
+def test_jit_trace(bounded):
+    module, x = layer(), randn(M, D)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+class Marked(torch.Tensor):
+    """A subclass that PyTorch's functions keep."""
+
+
+@SIDES
+def test_subclasses_are_kept(bounded):
+    x, module = randn(M, D), layer()
+    y = module(x.as_subclass(Marked))
+    assert type(y) is Marked and torch.equal(y.as_subclass(torch.Tensor), bo.gated_mlp(x, **weights(module)))
+    assert type(bo.gate(x.as_subclass(Marked), x)) is Marked
+
+
+def weights(module):
+    names = ("w", "v", "p", "b_w", "b_v", "b_p")
+    return {name: getattr(module, name) for name in names} | {"activation": module.activation}
+
+
+@SIDES
+def test_jagged(bounded):
+    """Sequences of different lengths: each as it is alone."""
+    module, rows = layer(), [randn(2, D), randn(3, D)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    y = module(x)
+    assert y.is_nested and y.layout == torch.jagged
+    for got, row in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(got, module(row))
+    y.values().sum().backward()
+    alone = torch.cat(rows).requires_grad_()
+    module(alone).sum().backward()
+    torch.testing.assert_close(x.grad.values(), alone.grad)
+    for got, row in zip(bo.gate(x, x, activation="relu").unbind(), rows, strict=True):
+        torch.testing.assert_close(got, row * row.relu())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@SIDES
+def test_what_cannot_work_says_so(bounded):
+    module, x = layer(), randn(M, D)
+    nested = torch.nested.nested_tensor([x, x])
+    for bad, message in (
+        (x.to_sparse(), "x must be a dense tensor, got torch.sparse_coo"),
+        (x.to_mkldnn(), "x must be a dense tensor, got torch._mkldnn"),
+        (nested, "x must be a dense tensor, got nested, torch.strided"),
+    ):
+        with pytest.raises(TypeError, match=message.replace(".", r"\.")):
+            module(bad)
+    jagged = torch.nested.nested_tensor([x, x], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got nested, torch\.jagged"):
+        bo.rank1_linear(jagged, randn(D, 4), randn(4, OUT), torch.rand(4))
+    with pytest.raises(RuntimeError, match='impl="triton" cannot run'):
+        bo.gated_bilinear(jagged, module.w, module.v, impl="triton")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"w": randn(H, D + 1)}, {"v": randn(1, D)}, {"p": randn(OUT, H + 1)}, {"p": randn(H)}, {"b_w": randn(1)},
+        {"b_v": randn(H, 1)}, {"b_p": randn(OUT + 1)}, {"w": randn(H, D, dtype=torch.float64)},
+        {"b_p": randn(OUT, dtype=torch.float64)}, {"p": randn(OUT, H).to("meta")}, {"x": torch.ones(M, D).long()},
+        {"x": torch.tensor(1.0)}, {"v": randn(D)}, {"beta": 0.5}, {"activation": "none"}, {"limit": -1.0},
+        {"limit": "1"}, {"w": [1.0]},
+    ),
+    ids=lambda c: f"{next(iter(c))} {getattr(next(iter(c.values())), 'shape', '')}",
+)  # fmt: skip
+def test_the_same_errors(changes, monkeypatch):
+    """Eager PyTorch would broadcast a weight or a bias of one row, and name other functions."""
+    arguments = {"x": randn(M, D), **weights(layer()), **changes}
+
+    def run():
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as caught:
+            bo.gated_mlp(**arguments)
+        return caught.type, str(caught.value)
+
+    small, large = both_sides(monkeypatch, run)
+    assert small == large
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+def test_autocast_takes_the_op(autocast, monkeypatch, calls):
+    monkeypatch.setattr(limits, "small_on_cpu", math.inf)
+    with torch.autocast("cpu", enabled=autocast):
+        layer()(randn(M, D))
+    assert len(calls) == autocast
+
+
+def stochastic(sampling="continuous", samples=1, **options):
+    """y and the gradients of a stochastic step of 7 tokens in sequences, whose gates repeat."""
+    torch.manual_seed(1)
+    x, gates = randn(3, 7, D).requires_grad_(), torch.rand(7, 8).requires_grad_()
+    read, write, bias = randn(D, 8).requires_grad_(), randn(8, OUT).requires_grad_(), randn(OUT).requires_grad_()
+    y = bo.stochastic_rank1_linear(
+        x, read, write, gates, bias, samples=samples, seed=3, sampling=sampling, **options
+    )  # fmt: skip
+    leaves = (x, read, write, gates, bias)
+    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(-1), allow_unused=True)
+
+
+@pytest.mark.parametrize("samples", (1, 3))
+@pytest.mark.parametrize("sampling", ("continuous", "binomial"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"weight": randn(OUT, D), "delta": "uniform"},
+        {"weight": randn(OUT, D), "routing": torch.rand(3, 7) < 0.5},
+        {"acts": randn(3, 7, 8), "stream": 2},
+        {"row_numbers": torch.arange(21).view(3, 7).flip(0), "column_numbers": torch.arange(8).flip(0)},
+    ),
+    ids=("masks", "delta", "routing", "acts", "numbers"),
+)
+def test_masks_kept_or_drawn_again(options, sampling, samples, monkeypatch):
+    """A small step keeps its masks, a larger one draws them twice: the same masks, and the same gradients."""
+    found, calls, op = [], [], bo.rank1.masked.rank1_op
+    monkeypatch.setattr(bo.rank1.masked, "rank1_op", lambda *args: calls.append(1) or op(*args))
+    for bound in (21 * 8 * samples, 21 * 8 * samples - 1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        found.append(stochastic(sampling, samples, **options))
+    assert len(calls) == 1
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kept_mask_is_the_mask_drawn(monkeypatch):
+    """Bitwise what `stochastic_mask` returns, read through an identity."""
+    monkeypatch.setattr(limits, "kept_masks", math.inf)
+    gates, one = torch.rand(9, 6), torch.eye(6)
+    for sampling in ("continuous", "binomial"):
+        options = {"samples": 2, "seed": 5, "stream": 1, "sampling": sampling}
+        masks = bo.stochastic_rank1_linear(torch.ones(9, 6), one, one, gates, **options)
+        assert torch.equal(masks, bo.stochastic_mask(gates, **options))
+
+
+@pytest.mark.parametrize("given", (False, True), ids=("unseen", "counted"))
+def test_flops_of_a_small_stochastic_step(given, monkeypatch):
+    def run():
+        with FlopCounterMode(display=False) as counter:
+            stochastic(weight=randn(OUT, D), delta="uniform" if given else None)
+        return counter.get_total_flops()
+
+    counts = []
+    for bound in (math.inf, -1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        counts.append(run())
+    assert counts[0] == counts[1] > 0
+
+
+SCORES_AND_SCOPES = [(s, g) for s in ("cross", "self", "pair", "entry") for g in ("output", "global")]
+
+
+@pytest.mark.parametrize(("score", "scope"), SCORES_AND_SCOPES)
+@pytest.mark.parametrize("basis", (None, randn(D, 7)), ids=("inputs", "features"))
+@pytest.mark.parametrize("weighted", (None, "matrix", "function"))
+@pytest.mark.parametrize("factors", (False, True))
+def test_topk_at_once(factors, weighted, basis, score, scope, monkeypatch):
+    w, v, c, u = randn(H, D), randn(H, D), randn(5, H), randn(6, 5)
+    features = D if basis is None else 7
+    scale = torch.rand(6 if factors else 5, features, features)
+    weight = {None: None, "matrix": scale, "function": lambda k: scale[k]}[weighted]
+    streamed, merge = [], ranking._Best.merge
+    monkeypatch.setattr(ranking._Best, "merge", lambda self: streamed.append(1) or merge(self))
+    found = []
+    for bound in (1 << 20, 0):
+        monkeypatch.setattr(limits, "at_once", bound)
+        directions = bo.Directions(u, c) if factors else c
+        found.append(bo.interaction_topk(w, v, directions, 3, score=score, scope=scope, weight=weight, basis=basis))
+        assert bool(streamed) == (bound == 0)
+    torch.testing.assert_close(found[0].values, found[1].values, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(one, other) and one.is_contiguous()
+
+
+def test_ties_and_nan_are_ranked_by_the_stream():
+    """Equal ranks are in order of (k, i, j); a sort alone leaves them in any."""
+    w, v, c = torch.ones(3, 5), torch.ones(3, 5), torch.ones(2, 3)
+    top = bo.interaction_topk(w, v, c, 4, scope="global")
+    assert top.i.tolist() == [0, 0, 0, 0] and top.j.tolist() == [1, 2, 3, 4] and top.k.tolist() == [0] * 4
+    w[0, 2] = torch.nan
+    top, expected = (m.interaction_topk(w, v, c, 4) for m in (bo, bo.reference))
+    assert torch.equal(top.i, expected.i) and torch.equal(top.j, expected.j)
+
+
+@pytest.mark.parametrize("scope", ("output", "global"))
+@pytest.mark.parametrize(("outputs", "d", "h"), ((4, 32, 64), (32, 32, 128)))
+def test_topk_takes_no_more_memory_than_the_formula(outputs, d, h, scope):
+    w, v, c = randn(h, d), randn(h, d), randn(outputs, h)
+    first = 0 if scope == "global" else 1
+
+    def formula():
+        q = torch.einsum("kh,hi,hj->kij", c, w, v)
+        q = (q + q.mT).triu(1).flatten(first)
+        best = q.abs().topk(10).indices
+        return (q.gather(-1, best),)
+
+    ours = peak_memory(lambda: tuple(bo.interaction_topk(w, v, c, 10, scope=scope)), w.device)
+    assert 0 < ours <= peak_memory(formula, w.device)
