@@ -138,6 +138,9 @@ def explanation(
         TypeError, ValueError: as `analysis.explain`; ValueError for a wrong number of labels.
     """
     size = check(x=(x, "d"))["d"]
+    check_values(x=x)
+    if len(check_shape(shape)) != 2:
+        raise ValueError(f"shape must be (height, width), got {shape}")
     if size != math.prod(shape):
         raise RuntimeError(
             f"x must have shape [{math.prod(shape)}] for images of {shape[0]} x {shape[1]}, got [{size}]"
@@ -195,11 +198,12 @@ def eigenplane(
         ValueError: a wrong number of labels.
     """
     sizes = check(vectors=(vectors, "two d"), values=(values, "two"), points=(points, "N d"))
+    check_values(points=points)
     if sizes["two"] != 2:
         raise RuntimeError(f"vectors must have shape [2, d], got {list(vectors.shape)}")
     names = _names(labels, sizes["N"])
     places = (points @ vectors.t()).double()
-    limit = 1.15 * max(places.detach().abs().amax().item() if len(places) else 0.0, 1e-9)
+    limit = 1.15 * max(places.detach().nan_to_num(0, 0, 0).abs().amax().item() if len(places) else 0.0, 1e-9)
     line = torch.linspace(-limit, limit, 101, dtype=torch.float64, device=points.device)
     heights = values[0].double() * line.square() + values[1].double() * line.square()[:, None]
     figure = _figure(5.4, 4.6)
@@ -230,6 +234,7 @@ def scatter(x: Tensor, y: Tensor, *, xlabel: str = "", ylabel: str = "") -> Figu
         TypeError: an argument that is not a floating-point tensor.
     """
     check(x=(x, "N"), y=(y, "N"))
+    check_values(x=x)
     a, b = (t.detach().double() - t.detach().double().mean() for t in (x, y))
     correlation = ((a * b).sum() / (a.norm() * b.norm())).item()
     figure = _figure(4.4, 4)
@@ -257,6 +262,7 @@ def distribution(values: Tensor, *, labels: Labels | None = None, bins: int = 40
     if isinstance(values, Tensor) and values.dim() == 1:
         values = values[None]
     sizes = check(values=(values, "M N"))
+    check_values(values=values)
     check_integers(bins=bins)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")

@@ -15,7 +15,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def test_every_module_has_a_test():
     rooms = [m.name for m in pkgutil.iter_modules(analysis.__path__)]
-    assert len(rooms) == 14
+    assert len(rooms) == 21
     assert [m for m in rooms if not Path(__file__).with_name(f"test_analysis_{m}.py").exists()] == []
 
 
@@ -29,6 +29,8 @@ def test_half_precision_is_exact_in_its_numbers(dtype):
         lambda w, v, p: analysis.cp_decompose(w, v, p, 3, steps=2),
         lambda w, v, p: (analysis.layer_similarity(w, v, p, v, v, p),),
         lambda w, v, p: analysis.reexpress(w, v, p, u.to(p.dtype)),
+        lambda w, v, p: analysis.joint_diagonalise(w, v, p),
+        lambda w, v, p: analysis.sparse_decompose(w, v, p, 3, steps=5, restarts=1),
     ):
         for got, expected in zip(fn(w, v, p), fn(*wide), strict=True):
             assert got.dtype == torch.float32
@@ -42,6 +44,9 @@ CALLS = {
     "augment_biases": analysis.augment_biases,
     "bias_terms": analysis.bias_terms,
     "strongest_directions": lambda w, v, p: analysis.strongest_directions(w, v, p, 2),
+    "best_quadratic": lambda w, v, p: analysis.best_quadratic(w, v, p, "silu"),
+    "sparse_decompose": lambda w, v, p: analysis.sparse_decompose(w, v, p, 2, steps=1, restarts=1),
+    "kept_strength": lambda w, v, p: analysis.kept_strength(torch.ones(3, 5).double(), w, v, p, "silu", p[0]),
 }
 
 
@@ -68,6 +73,12 @@ def test_autocast_changes_nothing():
         lambda: analysis.reexpress(*first, torch.eye(5)),
         lambda: analysis.bias_terms(*first, torch.ones(8), torch.ones(8))[1:],
         lambda: analysis.strongest_directions(*first, 2),
+        lambda: analysis.strongest_directions(*first, 2, activation="silu", radius=2.0),
+        lambda: (analysis.kept_strength(first[0], *first, "silu", torch.ones(2)),),
+        lambda: analysis.best_quadratic(*first, "silu"),
+        lambda: analysis.explain(torch.ones(5), analysis.interaction_eigh(*first), 2),
+        lambda: analysis.joint_diagonalise(*first),
+        lambda: analysis.sparse_decompose(*first, 2, steps=2, restarts=1),
     )
     for call in calls:
         expected = call()
@@ -83,6 +94,8 @@ INTEGERS = {
     "truncate": lambda w, v, p, n: analysis.truncate(w, v, p, n),
     "strongest_directions": lambda w, v, p, n: analysis.strongest_directions(w, v, p, n, steps=n),
     "interaction_clusters": lambda w, v, p, n: analysis.interaction_clusters(w.t() @ w, n),
+    "joint_diagonalise": lambda w, v, p, n: analysis.joint_diagonalise(w, v, p, sweeps=n),
+    "sparse_decompose": lambda w, v, p, n: analysis.sparse_decompose(w, v, p, n, steps=n, restarts=n),
 }
 
 

@@ -26,6 +26,11 @@ CALLS = {
     "layer_similarity": lambda w, v, p, **o: analysis.layer_similarity(w, v, p, v, v, p, **o),
     "interaction_clusters": lambda w, v, p, **o: analysis.interaction_clusters(w.t() @ w, 2, **o),
     "strongest_directions": lambda w, v, p, **o: analysis.strongest_directions(w, v, p, 2, **o),
+    "strongest_directions, gated": lambda w, v, p, **o: analysis.strongest_directions(
+        w, v, p, 2, activation="silu", radius=2.0, **o
+    ),
+    "joint_diagonalise": lambda w, v, p, **o: analysis.joint_diagonalise(w, v, p, **o),
+    "sparse_decompose": lambda w, v, p, **o: analysis.sparse_decompose(w, v, p, 2, steps=2, **o),
 }
 
 

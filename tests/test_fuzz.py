@@ -135,10 +135,16 @@ def good() -> dict[str, Good]:
         "bo.warmup": Good({"op": bo.gated_bilinear, "x": (M, D)}, lambda op, x: bo.warmup(op, x)),
         "analysis.adversarial_masks": Good({"vectors": randn(K, D)}),
         "analysis.augment_biases": Good({**layer(), **biases()}),
+        "analysis.best_quadratic": Good(
+            {**layer(), "activation": "swish", "b_w": randn(H), "b_v": randn(H), "mean": randn(D), "cov": torch.eye(D),
+             "beta": 0.5, "error": 0.5}
+        ),
         "analysis.bias_terms": Good({**layer(), **biases()}),
         "analysis.cp_decompose": Good({**layer(), "rank": 2, "steps": 2, "inner_steps": 2, "tol": 1e-6, "restarts": 1}),
         "analysis.effective_rank": Good({"t": torch.rand(K, D)}),
         "analysis.even_odd_split": Good({"fn": torch.sin, "x": x}),
+        "analysis.explain": Good({"x": x, "pairs": eigenpairs(), "n": 2, "logits": randn(M, K)}),
+        "analysis.gated_interactions": Good({"x": x, **directions(), **activation}),
         "analysis.glu_gates": Good({"x": x, "v": randn(H, D), **activation, "b_v": randn(H)}),
         "analysis.hosvd": Good({**layer(), "rank": 2, "mode": "output"}),
         "analysis.hoyer": Good({"t": torch.rand(K, D)}),
@@ -147,15 +153,23 @@ def good() -> dict[str, Good]:
             {**directions(), "n": 2, "which": "abs", "basis": torch.linalg.qr(randn(D, D))[0], "method": "auto",
              "tol": 1e-4, "chunk_bytes": 1 << 20}
         ),
+        "analysis.joint_diagonalise": Good({**directions(), "sweeps": 2, "tol": 1e-6}),
+        "analysis.kept_strength": Good({"x": x, **layer(), **activation, "radii": torch.rand(2)}),
         "analysis.layer_distance": Good(two_layers()),
         "analysis.layer_similarity": Good(
             {**two_layers(), "measure": "gaussian", "affine1": (randn(OUT, D), randn(OUT)), "affine2": (None, None)}
         ),
         "analysis.layer_weights": Good({"module": bo.nn.GatedMLP(D, H)}),
         "analysis.load_chunks": Good({"paths": []}),
+        "analysis.loss_added": Good(
+            {"logits": x, "reconstructed": x + 1, "zeroed": 0 * x, "targets": torch.randint(D, (M,))}
+        ),
         "analysis.reexpress": Good({**layer(), "directions": randn(K, OUT)}),
+        "analysis.sparse_decompose": Good({**layer(), "terms": 2, "penalty": 1e-3, "steps": 2, "restarts": 1}),
         "analysis.strength": Good({"fn": torch.sin, "x": x}),
-        "analysis.strongest_directions": Good({**layer(), "n": 1, "steps": 3, "tol": 1e-6}),
+        "analysis.strongest_directions": Good(
+            {**layer(), "n": 1, **activation, "radius": 2.0, "steps": 3, "tol": 1e-6}
+        ),
         "analysis.truncate": Good({**layer(), "n": 2, "directions": randn(K, OUT), "which": "abs", "refit": True}),
         "analysis.truncation_correlation": Good(
             {"x": x, "eig": eigenpairs(), "indices": torch.randint(K, (M, 2)), "acts": randn(M, 2)}
@@ -182,8 +196,17 @@ def good() -> dict[str, Good]:
         "init.expand_mlp": Good({"up": torch.nn.Linear(D, H), "down": torch.nn.Linear(H, D), **expansion}),
         "init.expand_rank1": Good({"layer": bo.nn.Rank1Linear(D, OUT, C), **expansion}),
         "plots.cluster": Good({"q": symmetric[0], "clusters": 2}),
+        "plots.distribution": Good({"values": randn(2, 9), "labels": ["a", "b"], "bins": 4}),
+        "plots.eigenplane": Good(
+            {"points": randn(3, D), "vectors": vectors[0], "values": randn(2), "labels": ["a", "b", "c"]}
+        ),
         "plots.eigenvectors": Good({"vectors": vectors[:1], "shape": (2, 2), "values": randn(1, 2), "labels": ["a"]}),
+        "plots.explanation": Good(
+            {"x": randn(D), "pairs": eigenpairs(), "n": 2, "shape": (2, 2), "logits": randn(K),
+             "labels": ["a", "b", "c"]}
+        ),
         "plots.interactions": Good({"q": symmetric[0], "labels": ["a", "b", "c", "d"], "clusters": 2}),
+        "plots.scatter": Good({"x": randn(9), "y": randn(9)}),
         "plots.similarity": Good({"first": vectors, "second": vectors}),
         "plots.spectrum": Good({"values": randn(K, D), "labels": ["a", "b", "c"]}),
         "plots.truncation": Good({"scores": torch.rand(2, D), "labels": ["a", "b"], "full": torch.rand(2)}),

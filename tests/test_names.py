@@ -17,12 +17,12 @@ NAMES = {
         analysis init integrations nn plots reference warmup
     """,
     bo.analysis: """
-        BiasTerms CPDecomposition EigenPairs EvenOdd HOSVD QuadraticLayer Reexpression StrongestDirections
-        TruncationCorrelation VirtualLayer
-        adversarial_masks augment_biases bias_terms cp_decompose effective_rank even_odd_split glu_gates hosvd hoyer
-        interaction_clusters interaction_eigh layer_distance layer_similarity layer_weights load_chunks reexpress
-        run_in_chunks strength strongest_directions truncate truncation_correlation truncation_curve
-        virtual_interactions
+        BestQuadratic BiasTerms CPDecomposition EigenPairs EvenOdd Explanation HOSVD JointDiagonalisation
+        QuadraticLayer Reexpression SparseDecomposition StrongestDirections TruncationCorrelation VirtualLayer
+        adversarial_masks augment_biases best_quadratic bias_terms cp_decompose effective_rank even_odd_split explain
+        gated_interactions glu_gates hosvd hoyer interaction_clusters interaction_eigh joint_diagonalise kept_strength
+        layer_distance layer_similarity layer_weights load_chunks loss_added reexpress run_in_chunks sparse_decompose
+        strength strongest_directions truncate truncation_correlation truncation_curve virtual_interactions
     """,
     bo.nn: """
         GatedBilinear GatedMLP Rank1Embedding Rank1Linear
@@ -30,7 +30,9 @@ NAMES = {
         Activations anneal_beta bilinearise_ swish_
     """,
     bo.init: "expand_gated_mlp expand_mlp expand_rank1",
-    bo.plots: "cluster eigenvectors interactions similarity spectrum truncation",
+    bo.plots: """
+        cluster distribution eigenplane eigenvectors explanation interactions scatter similarity spectrum truncation
+    """,
 }
 
 

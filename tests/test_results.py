@@ -36,6 +36,10 @@ def results():
         analysis.strongest_directions(w, v, p, 1),
         analysis.virtual_interactions((w, v, p), (w, v, p)),
         analysis.reexpress(w, v, p, torch.eye(4).double()),
+        analysis.best_quadratic(w, v, p, "gelu"),
+        analysis.explain(x, pairs, 1, logits=x),
+        analysis.joint_diagonalise(w, v, p),
+        analysis.sparse_decompose(w, v, p, 2, steps=2, restarts=1),
         analysis.even_odd_split(lambda x: x @ w.t(), x),
     ]
 

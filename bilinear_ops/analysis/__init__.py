@@ -14,11 +14,13 @@ from bilinear_ops.analysis.distance import layer_distance
 from bilinear_ops.analysis.eigen.spectra import EigenPairs, interaction_eigh
 from bilinear_ops.analysis.explanation import Explanation, explain
 from bilinear_ops.analysis.gates import EvenOdd, even_odd_split, gated_interactions, glu_gates
+from bilinear_ops.analysis.joint import JointDiagonalisation, joint_diagonalise
 from bilinear_ops.analysis.measures import adversarial_masks, effective_rank, hoyer, loss_added
 from bilinear_ops.analysis.quadratic import BestQuadratic, best_quadratic
 from bilinear_ops.analysis.resumable import load_chunks, run_in_chunks
 from bilinear_ops.analysis.similarity import layer_similarity
 from bilinear_ops.analysis.singular import HOSVD, hosvd
+from bilinear_ops.analysis.sparse import SparseDecomposition, sparse_decompose
 from bilinear_ops.analysis.strongest import StrongestDirections, kept_strength, strength, strongest_directions
 from bilinear_ops.analysis.truncation import (
     QuadraticLayer,
@@ -36,8 +38,10 @@ __all__ = [
     "EigenPairs",
     "EvenOdd",
     "Explanation",
+    "JointDiagonalisation",
     "QuadraticLayer",
     "Reexpression",
+    "SparseDecomposition",
     "StrongestDirections",
     "TruncationCorrelation",
     "VirtualLayer",
@@ -55,6 +59,7 @@ __all__ = [
     "hoyer",
     "interaction_clusters",
     "interaction_eigh",
+    "joint_diagonalise",
     "kept_strength",
     "layer_distance",
     "layer_similarity",
@@ -63,6 +68,7 @@ __all__ = [
     "loss_added",
     "reexpress",
     "run_in_chunks",
+    "sparse_decompose",
     "strength",
     "strongest_directions",
     "truncate",

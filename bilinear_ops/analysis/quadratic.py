@@ -85,8 +85,8 @@ def best_quadratic(
     )  # fmt: skip
     if activation not in FITTED:
         raise ValueError(f"activation must be one of {', '.join(FITTED)}, got {activation!r}")
-    check_reals(beta=beta)
-    check_reals(error=error, positive=True)
+    check_reals(beta=beta, error=error)
+    check_reals(positive=True, error=float(error))
     if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
         raise ValueError(f"beta belongs to activation='swish', got {beta} with {activation!r}")
     given = {"w": w, "v": v, "p": p, "b_w": b_w, "b_v": b_v, "mean": mean, "cov": cov}

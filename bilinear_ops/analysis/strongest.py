@@ -121,7 +121,8 @@ def _checked_gate(activation: str, beta: float, radius: float | None, w: Tensor)
     """None for a bilinear layer."""
     check_reals(beta=beta)
     if radius is not None:
-        check_reals(radius=radius, positive=True)
+        check_reals(radius=radius)
+        check_reals(positive=True, radius=float(radius))
     gate(w[:0], w[:0], activation=activation, beta=beta)  # refuses what no layer takes
     if activation == "identity":
         return None
