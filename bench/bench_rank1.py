@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -59,9 +60,8 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
         for density in DENSITIES[size]:
             for backward in (False, True):
                 yield _sparse(device, impl, dtype, *shape, density, backward)
-    if impl != "triton":  # library calls only
-        yield _accumulate(device, *ACCUMULATED[size])
-        yield _gates(device, *GATES[device.type, size])
+    yield _accumulate(device, impl, *ACCUMULATED[size])
+    yield _gates(device, impl, *GATES[device.type, size])
 
 
 def _stochastic(
@@ -200,7 +200,7 @@ def _sparse(
     )
 
 
-def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in: int, c: int) -> Workload:
+def _accumulate(device: torch.device, impl: str, samples: int, rows: int, d_out: int, d_in: int, c: int) -> Workload:
     def inputs(seed: int) -> Tensors:
         read, write = draw(device, torch.float32, ((d_in, c), 1.0), ((c, d_out), c**-0.5))(seed)
         generator = torch.Generator(device).manual_seed(seed)
@@ -216,14 +216,14 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
         dtype=torch.float32,
         inputs=inputs,
         reference=forward(bo.reference.rank1_accumulate),
-        ours=forward(bo.rank1_accumulate),
+        ours=forward(partial(bo.rank1_accumulate, impl=impl)),
         baselines={"eager": forward(einsum)},
         flops=2 * samples * rows * c * d_out * d_in,
         bytes=4 * (samples * rows * (c + d_out * d_in) + c * (d_in + d_out)),
     )
 
 
-def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
+def _gates(device: torch.device, impl: str, m: int, c: int, hidden: int) -> Workload:
     def einsum(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         units = torch.nn.functional.gelu(torch.einsum("mc,ch->mch", acts, w1) + b1)
         return torch.einsum("mch,ch->mc", units, w2) + b2
@@ -236,7 +236,7 @@ def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
         dtype=torch.float32,
         inputs=draw(device, torch.float32, ((m, c), 1.0), *weights, ((c,), 1.0), ((m, c), 1.0)),
         reference=training_step(einsum),  # torch.compile's form of it sums the gradients too inaccurately to compare
-        ours=training_step(bo.component_gates),
+        ours=training_step(partial(bo.component_gates, impl=impl)),
         baselines={"eager": training_step(einsum)},
         flops=13 * m * c * hidden,
         bytes=4 * (4 * m * c + 6 * c * hidden + 2 * c),
