@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -78,9 +79,8 @@ def workloads(device: torch.device, size: str, impl: str = "auto") -> Iterator[W
         for density in DENSITIES[size]:
             for backward in (False, True):
                 yield _sparse(device, impl, dtype, *shape, density, backward)
-    if impl != "triton":  # library calls only
-        yield _accumulate(device, *ACCUMULATED[size])
-        yield _gates(device, *GATES[device.type, size])
+    yield _accumulate(device, impl, *ACCUMULATED[size])
+    yield _gates(device, impl, *GATES[device.type, size])
     yield _step(device, impl, *STEPS[device.type, size])
 
 
@@ -255,7 +255,7 @@ def _sparse(
     )
 
 
-def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in: int, c: int) -> Workload:
+def _accumulate(device: torch.device, impl: str, samples: int, rows: int, d_out: int, d_in: int, c: int) -> Workload:
     def inputs(seed: int) -> Tensors:
         read, write = draw(device, torch.float32, ((d_in, c), 1.0), ((c, d_out), c**-0.5))(seed)
         generator = torch.Generator(device).manual_seed(seed)
@@ -271,7 +271,7 @@ def _accumulate(device: torch.device, samples: int, rows: int, d_out: int, d_in:
         dtype=torch.float32,
         inputs=inputs,
         reference=forward(bo.reference.rank1_accumulate),
-        ours=forward(bo.rank1_accumulate),
+        ours=forward(partial(bo.rank1_accumulate, impl=impl)),
         baselines={"eager": forward(einsum)},
         flops=2 * samples * rows * c * d_out * d_in,
         bytes=4 * (samples * rows * (c + d_out * d_in) + c * (d_in + d_out)),
@@ -283,7 +283,7 @@ def _einsum_gates(acts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) 
     return torch.einsum("mch,ch->mc", units, w2) + b2
 
 
-def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
+def _gates(device: torch.device, impl: str, m: int, c: int, hidden: int) -> Workload:
     weights = (((c, hidden), 1.0),) * 3
     return Workload(
         op="component_gates",
@@ -293,7 +293,7 @@ def _gates(device: torch.device, m: int, c: int, hidden: int) -> Workload:
         inputs=draw(device, torch.float32, ((m, c), 1.0), *weights, ((c,), 1.0), ((m, c), 1.0)),
         # torch.compile's form of it sums the gradients too inaccurately to compare
         reference=training_step(_einsum_gates),
-        ours=training_step(bo.component_gates),
+        ours=training_step(partial(bo.component_gates, impl=impl)),
         baselines={"eager": training_step(_einsum_gates)},
         flops=13 * m * c * hidden,
         bytes=4 * (4 * m * c + 6 * c * hidden + 2 * c),

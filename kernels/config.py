@@ -294,6 +294,64 @@ KERNELS = {
         interpreted=RowTile(4, 16, 4),
         candidates=GATHER_TILES,
     ),
+    # a token is a row, a subcomponent a column
+    "component_gates_kernel": Kernel(
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_90 component_gates_kernel [bfloat16]", "registers", 72)}},
+        interpreted=RowTile(32, 64, 4),
+        candidates=ROW_TILES,
+    ),
+    # tall: each tile of tokens stores partial sums
+    "component_gates_backward_kernel": Kernel(
+        tiles={
+            "any": {RowTile(128, 32, 8): Compiled("sm_120 component_gates_backward_kernel [float32]", "registers", 178)}
+        },
+        interpreted=RowTile(32, 64, 4),
+        candidates=(RowTile(64, 64, 8), RowTile(128, 32, 4), RowTile(256, 32, 8), RowTile(128, 64, 8)),
+    ),
+    # one weight at a time: a tile of it, the gated operand made in registers
+    "accumulate_kernel": Kernel(
+        tiles={
+            "sm_90": {Tile(128, 128, 64, 8, 3): Modelled("sm_90 accumulate_kernel [bfloat16]", 0.952)},
+            "sm_100": {Tile(128, 128, 64, 8, 3): Compiled("sm_100 accumulate_kernel [bfloat16]", "registers", 150)},
+            "any": {Tile(128, 128, 32, 8, 2): Compiled("sm_80 accumulate_kernel [bfloat16]", "resident", 2)},
+        },
+        interpreted=Tile(32, 32, 32, 4, 1),
+        fp32={
+            **{
+                arch: {Tile(64, 64, 32, 4, 3): Compiled(f"{arch} accumulate_kernel [float32]", "registers", registers)}
+                for arch, registers in (("sm_80", 128), ("sm_90", 146), ("sm_100", 128), ("sm_120", 237))
+            },
+            "gfx942": {Tile(64, 64, 32, 4, 2): Compiled("gfx942 accumulate_kernel [float32]", "resident", 3)},
+        },
+        operands=1,
+        candidates=(*GEMM_TILES, LIBRARY),
+    ),
+    # two accumulators of block_m x block_n: a weight's product, and the sum over weights
+    "accumulate_backward_kernel": Kernel(
+        tiles={
+            "gfx942": {
+                Tile(64, 64, 64, 4, 3): Compiled(
+                    "gfx942 accumulate_backward_kernel [bfloat16 gates and write]", "resident", 2
+                )
+            },
+            "any": {
+                Tile(128, 64, 64, 8, 3): Modelled("sm_90 accumulate_backward_kernel [bfloat16 gates and write]", 1.0)
+            },
+        },
+        interpreted=Tile(32, 32, 32, 4, 1),
+        fp32={
+            arch: {tile: Compiled(f"{arch} accumulate_backward_kernel [float32 gates and write]", figure, value)}
+            for arch, tile, figure, value in (
+                ("sm_80", Tile(64, 32, 32, 4, 3), "registers", 181),
+                ("sm_90", Tile(64, 64, 32, 4, 3), "registers", 240),
+                ("sm_100", Tile(64, 64, 32, 4, 3), "registers", 252),
+                ("sm_120", Tile(64, 32, 32, 4, 3), "registers", 213),
+                ("gfx942", Tile(64, 64, 32, 4, 2), "resident", 3),
+            )
+        },
+        operands=1,
+        candidates=(Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3), LIBRARY),
+    ),
     # the three-term form of fp32 products keeps two split operands in registers
     "squared_difference_kernel": Kernel(
         tiles={
@@ -315,6 +373,10 @@ LAUNCHERS = {"interaction_matrices": ("interaction_pairs_kernel", "interaction_d
 
 IDLE = Threshold(2, "with fewer tiles than one for every two multiprocessors a library GEMM splits its contraction")
 LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the gate is a small part; no receipt yet")
+
+# Both ways take 2 rows C d_out d_in FLOPs. The library writes a workspace of C d_out min(rows, d_in) elements first. At
+# 295 FLOPs a byte (H100, bf16) that costs more than products at 0.8 of the library's speed up to a size of 1,180.
+WIDE_WEIGHTS = Threshold(1024, "a model of the workspace's bytes against the products' FLOPs; no receipt yet")
 
 
 def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) -> tuple[Choice, ...]:
@@ -367,6 +429,18 @@ def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tupl
     computed = {t: _cdiv(directions, t.block_k) * t.block_k for t in pairs}
     best = min(pairs, key=lambda t: (computed[t], -t.block_k))
     return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
+
+
+def accumulate(kernel: str, arch: str, dtype: torch.dtype, rows: int, d_in: int) -> tuple[Choice, ...]:
+    """Tiles of a kernel of weights summed from subcomponents; LIBRARY where it is faster.
+
+    The products are `rows` [d_out, C] by [C, d_in]. Where fp32 has three TF32 terms of ours beside the library's
+    scalar products, the kernels stay.
+    """
+    slower = tensor_cores(dtype) or accurate_precision(arch) == "ieee"  # the kernels' products, beside the library's
+    if arch != "interpreter" and slower and max(rows, d_in) > WIDE_WEIGHTS.size:
+        return (LIBRARY,)
+    return tiles(kernel, arch, dtype)
 
 
 def candidates(choice: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, ...]) -> tuple[Choice, ...]:

@@ -44,6 +44,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and config.tf32_allowed() else "ieee"
 
 
+def accurate_precision(t: Tensor) -> str:
+    """As `precision`, with fp32 products that stay fp32-accurate on tensor cores."""
+    accurate = t.dtype == torch.float32 and not config.tf32_allowed()
+    return config.accurate_precision(config.architecture(t.device)) if accurate else precision(t.dtype)
+
+
 def scalar(t: Tensor | None) -> Tensor | None:
     """A run-time number in fp32, which kernels read through a pointer."""
     return None if t is None else t.to(torch.float32)

@@ -69,7 +69,7 @@ class RowTile(_Launched):
 
 
 # What a launcher runs. LIBRARY is no tile of ours: gated launchers then run a library GEMM and our epilogue, and
-# interaction_matrices runs the composite, which impl="triton" refuses.
+# others run the composite, which impl="triton" refuses.
 Choice: TypeAlias = Tile | PairTile | RowTile | None
 LIBRARY = None
 

@@ -102,7 +102,7 @@ def test_second_device(name, device):
 
 
 @ON_BOTH
-@pytest.mark.parametrize("wrong", range(4))
+@pytest.mark.parametrize("wrong", range(5))
 def test_mixed_devices_are_refused(wrong, device):
     """Whichever argument is elsewhere, named, before anything is launched."""
     other = "meta" if device == "cpu" else "cpu"
@@ -113,6 +113,8 @@ def test_mixed_devices_are_refused(wrong, device):
         bo.rank1_linear: ((5, 3), (3, 4), (4, 2), (5, 4)),
         bo.stochastic_rank1_linear: ((5, 3), (3, 4), (4, 2), (5, 4)),
         bo.faithfulness_loss: ((5, 3), (3, 4), (4, 5)),
+        bo.rank1_accumulate: ((5, 4), (3, 4), (4, 2)),
+        bo.component_gates: ((5, 4), (4, 3), (4, 3), (4, 3), (4,)),
     }
     for op, shapes in calls.items():
         if wrong >= len(shapes):
@@ -204,6 +206,25 @@ def test_large_faithfulness(device):
     )
     loss = bo.faithfulness_loss(weight, *none, impl="triton")
     torch.testing.assert_close(loss.double().cpu(), torch.tensor(1 / o, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@ON_BOTH
+def test_large_accumulate(device):
+    rows, d, c = large(device, 5, 2112), large(device, 70, 1024), 24  # weights: 2.2e9 elements
+    gates, read, write = drawn(device, rows, c).float(), drawn(device, d, c), drawn(device, c, d)
+    with torch.no_grad():
+        weights = bo.rank1_accumulate(gates, read, write, impl="triton")
+    assert_tail_right(weights[-1, -4:].clone(), reference.rank1_accumulate, gates[-1].bfloat16(), read, write[:, -4:])
+
+
+@ON_BOTH
+def test_large_component_gates(device):
+    m, c = large(device, 70, 1 << 19), large(device, 70, 4224)  # logits: 2.2e9 elements
+    network = [drawn(device, c, 2) for _ in range(3)]
+    acts, b2 = drawn(device, m, 1).expand(m, c), drawn(device, c)
+    with torch.no_grad():
+        logits = bo.component_gates(acts, *network, b2, impl="triton")
+    assert_tail_right(logits[-4:].clone(), reference.component_gates, acts[-4:], *network, b2)
 
 
 @ON_BOTH

@@ -69,6 +69,11 @@ def sparse(count, k=2):
     return partial(bo.rank1_sparse, x, read, write, torch.randint(count, (5, k)), gates)
 
 
+def accumulated(rows=2):
+    gates, read, write, base = (randn(*s, requires_grad=True) for s in ((rows, 4), (3, 4), (4, 2), (2, 3)))
+    return partial(bo.rank1_accumulate, gates, read, write, base=base)
+
+
 def delta_and_routing():
     return {"weight": randn(2, 3), "delta": torch.rand(5), "routing": torch.arange(5) % 2 > 0}
 
@@ -125,6 +130,11 @@ BRANCHES = {
     "subset_routing": lambda: partial(bo.subset_routing, 3, (5,), seed=1),
     "rank1_sparse, sparse": partial(sparse, 900),
     "rank1_sparse, dense": partial(sparse, 6),
+    "rank1_accumulate": accumulated,
+    "rank1_accumulate, many rows": partial(accumulated, 7),
+    "component_gates": lambda: partial(
+        bo.component_gates, *(randn(*s, requires_grad=True) for s in ((5, 4), (4, 3), (4, 3), (4, 3), (4,)))
+    ),
     "faithfulness_loss": lambda: partial(
         bo.faithfulness_loss, *(randn(*s, requires_grad=True) for s in ((2, 3), (3, 4), (4, 2)))
     ),
@@ -133,7 +143,9 @@ BRANCHES = {
     ),
 }
 
-WITH_BACKWARD_KERNELS = ("gated", "rank1_linear", "stochastic_rank1", "stochastic_gated")
+WITH_BACKWARD_KERNELS = (
+    "gated", "rank1_linear", "rank1_accumulate", "stochastic_rank1", "stochastic_gated", "component_gates",
+)  # fmt: skip
 TO_PYTORCH = "leaves these sizes to PyTorch"
 SHARED_TILES = "more than 48 outputs without a basis"
 
@@ -181,9 +193,7 @@ def test_every_branch_launches(branch, architecture):
     assert forward, f"{branch} launched nothing with the tables of {architecture}"
 
 
-@pytest.mark.parametrize(
-    "branch", [name for name in BRANCHES if name.startswith(("gated", "rank1_l", "stochastic_r", "stochastic_g"))]
-)
+@pytest.mark.parametrize("branch", [name for name in BRANCHES if name.startswith(WITH_BACKWARD_KERNELS)])
 def test_backward_launches(branch, architecture):
     _, backward = launches(BRANCHES[branch]())
     assert backward, f"the backward of {branch} launched nothing with the tables of {architecture}"
@@ -217,6 +227,20 @@ def test_auto_may_choose_the_library():
         assert not launched
         with pytest.raises(RuntimeError, match=TO_PYTORCH):
             op(w, v, c, None, False, "triton")
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows", "d_in"), (("sm_90", torch.bfloat16, 2, 5), ("gfx942", torch.float32, 5, 2))
+)
+def test_auto_leaves_wide_weights_to_the_library(arch, dtype, rows, d_in, monkeypatch):
+    """Values and gradients; asked for by name, the kernels run all the same."""
+    monkeypatch.setattr(config, "architecture", lambda device: arch)
+    monkeypatch.setattr(config, "WIDE_WEIGHTS", config.Threshold(4, "small"))
+    tensors = [randn(*s, dtype=dtype, requires_grad=True) for s in ((rows, 4), (d_in, 4), (4, 2))]
+    for impl, launched in (("auto", set()), ("triton", {"accumulate_kernel", "accumulate_backward_kernel"})):
+        with counted() as names:
+            bo.rank1.accumulate.accumulate_op(*tensors, None, impl).sum().backward()
+        assert set(names) == launched
 
 
 def test_empty_sizes_need_no_launch():

@@ -25,6 +25,8 @@ CANDIDATES = {
     "interaction_pairs_kernel": (config.PairTile(8, 16, 16, 16, 4, 1),),
     "interaction_direction_kernel": (config.Tile(16, 16, 16, 4, 1), config.LIBRARY),
     "squared_difference_kernel": SMALL[:2],
+    "accumulate_kernel": SMALL,
+    "accumulate_backward_kernel": SMALL,
 }
 
 
@@ -54,6 +56,15 @@ def faithfulness(impl="triton"):
     return bo.faithfulness_loss(*(randn(*s, requires_grad=True) for s in ((6, 7), (7, 4), (4, 6))), impl=impl)
 
 
+def accumulate(impl="triton"):
+    return bo.rank1_accumulate(*(randn(*s, requires_grad=True) for s in ((3, 7), (9, 7), (7, 5))), impl=impl)
+
+
+def gate_networks(impl="triton"):
+    tensors = (randn(*s, requires_grad=True) for s in ((9, 7), (7, 3), (7, 3), (7, 3), (7,)))
+    return bo.component_gates(*tensors, impl=impl)
+
+
 def uniform(impl="triton"):
     return bo.stochastic_mask(torch.zeros(5, 6), samples=2, seed=1, impl=impl)
 
@@ -65,6 +76,8 @@ CHOICES = {
     stochastic: {"mask_kernel", "mask_backward_kernel"},
     sparse: {"sparse_dots_kernel", "sparse_sums_kernel"},
     faithfulness: {"squared_difference_kernel"},
+    accumulate: {"accumulate_kernel", "accumulate_backward_kernel"},
+    gate_networks: {"component_gates_kernel", "component_gates_backward_kernel"},
     uniform: {"uniform_kernel"},
 }
 

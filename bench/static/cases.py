@@ -13,7 +13,7 @@ import torch
 
 from bilinear_ops.kernels import config, gated, tuning
 from bilinear_ops.kernels.interaction import matrices
-from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
+from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
 from bilinear_ops.kernels.records import Choice, PairTile, Rejected, Tile
 from bilinear_ops.results import ACTIVATIONS, Gate, Masks
 
@@ -117,7 +117,7 @@ def interaction_cases(arch: str) -> Iterator[Case]:
 
 def rank1_cases(arch: str) -> Iterator[Case]:
     """Everything asked for at once: four samples, delta, routing and every gradient, whatever the kind of mask."""
-    s, m, d, o, c, k = 4, 4096, 1024, 1024, 3072, 8
+    s, m, d, o, c, k, b = 4, 4096, 1024, 1024, 3072, 8, 256
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
         def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -140,6 +140,14 @@ def rank1_cases(arch: str) -> Iterator[Case]:
                 need = [True, True, True, source is not None, True]
                 yield Case(case, partial(masked.masked_apply, t(s, m, o), t(m, c), t(c, o), drawn, 1.0))
                 yield Case(case, partial(masked.masked_apply_backward, t(s, m, o), t(m, c), t(c, o), drawn, need))
+        yield Case(name, partial(accumulate.rank1_accumulate, t(b, c), t(d, c), t(c, o), t(1, o, d), library=False))
+        backward = accumulate.rank1_accumulate_backward
+        for part, need in (("gates and write", [True, False, True]), ("read", [False, True, False])):
+            call = partial(backward, t(b, o, d), t(b, c), t(d, c), t(c, o), need, library=False)
+            yield Case(f"{name} {part}", call)
+        network = t(c, 16), t(c, 16), t(c, 16)
+        yield Case(name, partial(gates.component_gates, t(m, c), *network, t(c)))
+        yield Case(name, partial(gates.component_gates_backward, t(m, c), t(m, c), *network, [True] * 5))
     yield Case("alone", partial(masks.uniform, t(dtype=torch.int64), 0, s, m, c))
 
 

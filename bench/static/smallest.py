@@ -23,7 +23,8 @@ Shapes = tuple[tuple[int, ...], ...]
 
 def workloads(device: torch.device) -> list[Workload]:
     """Training steps, ours through the kernels; the names are the same for all devices."""
-    return [w for family in (_gated, _interaction, _masked, _sparse, _faithfulness, _uniform) for w in family(device)]
+    families = (_gated, _interaction, _masked, _sparse, _accumulated, _networks, _faithfulness, _uniform)
+    return [w for family in families for w in family(device)]
 
 
 def _workload(
@@ -163,6 +164,24 @@ def _sparse(device: torch.device) -> Iterator[Workload]:
 
     for dtype in DTYPES:
         yield _workload(device, "rank1_sparse", "gathered", dtype, ((m, d), (d, c), (c, o), (m, k), (m, o)), sparse)
+
+
+def _accumulated(device: torch.device) -> Iterator[Workload]:
+    def weights(module: Any) -> Op:
+        return lambda gates, read, write, base: module.rank1_accumulate(gates, read, write, base=base, **_ours(module))
+
+    for dtype in DTYPES:
+        shapes = ((5, 40), (70, 40), (40, 33), (33, 70), (5, 33, 70))
+        yield _workload(device, "rank1_accumulate", "", dtype, shapes, weights)
+
+
+def _networks(device: torch.device) -> Iterator[Workload]:
+    def logits(module: Any) -> Op:
+        return lambda *tensors: module.component_gates(*tensors, **_ours(module))
+
+    for dtype in DTYPES:
+        shapes = ((33, 70), (70, 3), (70, 3), (70, 3), (70,), (33, 70))
+        yield _workload(device, "component_gates", "", dtype, shapes, logits)
 
 
 def _faithfulness(device: torch.device) -> Iterator[Workload]:

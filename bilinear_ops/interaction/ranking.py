@@ -244,6 +244,9 @@ def interaction_moments(
 ) -> InteractionMoments:
     """Power sums and the largest magnitude over each output's entries i <= j, streamed; not differentiable.
 
+    The kernels form the matrices, and PyTorch sums over them: modelled for K = 512, d = 784, h = 2048 in fp32 on an
+    H100, 4 ms of products and some 15 passes over the matrices in 6 ms; nothing was measured.
+
     Args:
         w, v, c, impl: as for `interaction_matrices`.
         basis: `[d, F]` directions of features.

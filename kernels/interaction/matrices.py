@@ -6,7 +6,6 @@ directions: one GEMM per direction, sum_h (C_kh [w | v]_hi) [v | w]_hj. Each pai
 triangles, so that Q_k is bitwise symmetric.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -189,7 +188,7 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> Non
     tiles_k = triton.cdiv(directions, tile.block_k)
     interaction_pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
         wt, vt, padded, half, padded, q, q.stride(0), d, directions, tiles_j, tiles_k,
-        H=padded, PACKED=q.dim() == 2, PRECISION=_precision(w),
+        H=padded, PACKED=q.dim() == 2, PRECISION=via.accurate_precision(w),
         BLOCK_I=tile.block_i, BLOCK_J=tile.block_j, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, **tile.launch(),
     )  # fmt: skip
 
@@ -201,7 +200,7 @@ def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: Tile) -> Non
     tiles = triton.cdiv(d, tile.block_m)
     interaction_direction_kernel[(tiles * tiles, directions)](
         x, y, padded, half, padded, q, q.stride(0), d, tiles,
-        H=padded, PACKED=q.dim() == 2, PRECISION=_precision(w),
+        H=padded, PACKED=q.dim() == 2, PRECISION=via.accurate_precision(w),
         BLOCK=tile.block_m, BLOCK_H=tile.block_k, **tile.launch(),
     )  # fmt: skip
 
@@ -219,9 +218,3 @@ def _padded(columns: int, *parts: Tensor) -> Tensor:
         padded[:, start : start + t.shape[1]] = t
         start += t.shape[1]
     return padded
-
-
-def _precision(t: Tensor) -> str:
-    """fp32 products stay fp32-accurate unless the user opted in to TF32."""
-    accurate = t.dtype == torch.float32 and not config.tf32_allowed()
-    return config.accurate_precision(config.architecture(t.device)) if accurate else via.precision(t.dtype)
