@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "bilinear_ops.kernels",
     },
     "nn": {"torch", "bilinear_ops.results", "bilinear_ops.ops"},
-    "init": {"torch", "bilinear_ops.nn"},
+    "init": {"torch", "bilinear_ops.nn", "bilinear_ops.ops"},
     "analysis": {
         "torch",
         "tqdm",
