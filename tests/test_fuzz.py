@@ -345,3 +345,10 @@ def test_errors_are_raised_by_the_package(name):
                 given = ", ".join(f"{key}={describe(value)}" for key, value in changes.items())
                 found.setdefault(place, f"{given}: {type(error).__name__}: {str(error)[:100]}")
     assert not found, "\n".join(f"{place}\n    {given}" for place, given in found.items())
+
+
+@pytest.mark.parametrize("name", ("k", "i", "j"))
+def test_indices_are_dense(name):
+    arguments = good()["bo.interaction_entries"].arguments
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor"):
+        bo.interaction_entries(**{**arguments, name: arguments[name].to_sparse()})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilinear_ops as bo
@@ -116,6 +117,30 @@ def test_a_counter_imported_first_has_the_formulas():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+class Seen(TorchDispatchMode):
+    """The package's ops that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "bilinear_ops":
+            self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@SIDES
+def test_a_mode_sees_the_op(bounded, monkeypatch):
+    monkeypatch.setattr(limits, "kept_masks", math.inf)
+    monkeypatch.setattr(limits, "at_once", math.inf)
+    with Seen() as mode:
+        layer()(randn(M, D)).sum().backward()
+        stochastic()
+        bo.interaction_topk(randn(H, D), randn(H, D), randn(3, H), 2)
+    assert set(mode.ops) == {"gated", "gated_backward", "rank1", "rank1_backward", "interaction_topk"}
+
+
 @pytest.mark.parametrize("pre_dispatch", (False, True))
 @SIDES
 def test_make_fx(bounded, pre_dispatch):
@@ -200,6 +225,7 @@ def test_what_cannot_work_says_so(bounded):
 @pytest.mark.parametrize(
     "changes",
     (
+        {"w": randn(H, D + 1), "v": randn(H, D + 1)},
         {"w": randn(H, D + 1)}, {"v": randn(1, D)}, {"p": randn(OUT, H + 1)}, {"p": randn(H)}, {"b_w": randn(1)},
         {"b_v": randn(H, 1)}, {"b_p": randn(OUT + 1)}, {"w": randn(H, D, dtype=torch.float64)},
         {"b_p": randn(OUT, dtype=torch.float64)}, {"p": randn(OUT, H).to("meta")}, {"x": torch.ones(M, D).long()},
