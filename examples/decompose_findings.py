@@ -70,7 +70,7 @@ def arms(receipt: Receipt) -> list[list[str]]:
         distances = [r["distance"] for r in found if r["distance"] is not None]
         rows.append(
             [
-                name.split()[0] if name.split()[1] == "x1" else name,
+                name,
                 str(found[0]["units"]),
                 str(found[0]["rate"]),
                 f"{len(reached(found))} of {len(found)}",

@@ -52,7 +52,7 @@ class Setting(NamedTuple):
     hidden: int = 16  # units of a gate network
 
 
-TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 2500, 5e-3, 3e-3, hidden=8)}
+TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 1000, 5e-3, 3e-3, hidden=8)}
 PLANTED = Setting(16, 8, 16, 0.1, 1000, 1e-2, 1e-2)  # dimensions is the number of terms
 
 
