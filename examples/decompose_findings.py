@@ -22,14 +22,16 @@ def text(receipt: Receipt) -> str:
     parts = [
         f"{versions}.",
         "### Planted components",
-        table(("target", "seeds", "cosine", "active", "planted", "error", "come back"), known(receipt)),
+        f"Components come back where their mean largest cosine is above {RECOVERED} and the mean number of active ones "
+        f"is within {OFF:.0%} of that of planted ones.",
+        table(("target", "seed", "cosine", "active", "planted", "error", "come back"), known(receipt)),
         "### Ways to decompose a SwiGLU layer",
         f"The layer, {study['d']} -> {study['h']} -> {study['d']}, is that of a one-layer transformer on Python's "
         f"documentation: {target['loss']:.2f} nats a word, a Kneser-Ney bigram model's are "
         f"{target['bigram_loss']:.2f}. {study['kept']} units are kept for a word; kept by strength and not trained, "
         f"the layer's own leave an error of {target['strongest']:.3f}. The error to reach is {study['error']}, within "
         f"{study['steps']} steps of {study['batch']} words; it is measured every {study['every']} steps. Learning "
-        f"rates {listed(study['rates'])}, chosen for each way on seeds {listed(study['tuning'])}. Steps and CPU "
+        f"rates {listed(study['rates'])}, chosen for each way on seed {listed(study['tuning'])}. Steps and CPU "
         f"seconds are medians over seeds {listed(study['seeds'])} with their range; a run that misses the error counts "
         "as beyond the budget. Distance is |B - B'|^2 / |B|^2 of the bilinear layers of the same weights, all units "
         "together, at the end.",
@@ -44,13 +46,12 @@ def listed(values: Sequence[Any]) -> str:
 
 
 def known(receipt: Receipt) -> list[list[str]]:
-    """One row a target."""
+    """One row a target and seed."""
     rows = []
-    for name in dict.fromkeys(r["target"] for r in receipt["known"]):
-        found = [r for r in receipt["known"] if r["target"] == name]
-        good = [r["cosine"] > RECOVERED and abs(r["active"] / r["planted"] - 1) <= OFF for r in found]
-        columns = [spread([r[key] for r in found], ".3f") for key in ("cosine", "active", "planted", "error")]
-        rows.append([name, str(len(found)), *columns, f"{sum(good)} of {len(good)} seeds"])
+    for r in receipt["known"]:
+        good = r["cosine"] > RECOVERED and abs(r["active"] / r["planted"] - 1) <= OFF
+        figures = [f"{r[key]:.3f}" for key in ("cosine", "active", "planted", "error")]
+        rows.append([r["target"], str(r["seed"]), *figures, "yes" if good else "no"])
     return rows
 
 
@@ -70,7 +71,7 @@ def arms(receipt: Receipt) -> list[list[str]]:
         distances = [r["distance"] for r in found if r["distance"] is not None]
         rows.append(
             [
-                name.split()[0] if name.split()[1] == "x1" else name,
+                name,
                 str(found[0]["units"]),
                 str(found[0]["rate"]),
                 f"{len(reached(found))} of {len(found)}",
@@ -94,6 +95,8 @@ def censored(found: Sequence[dict[str, Any]], key: str, budget: float, form: str
     def shown(value: float) -> str:
         return f"> {budget:{form}}" if value == float("inf") else f"{value:{form}}"
 
+    if values[0] == values[-1]:
+        return shown(values[0])
     return f"{shown(median(values))} ({shown(values[0])} to {shown(values[-1])})"
 
 

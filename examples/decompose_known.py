@@ -7,6 +7,9 @@ Two kinds of target with a known answer, each decomposed by stochastic parameter
 - a planted sparse bilinear layer, a sum of terms (w_i.x)^2 p_i of which few are active for an input, decomposed into
   terms (w_i.x)(v_i.x) p_i by `bo.stochastic_gated_mlp` from random weights, faithful by `bo.analysis.layer_distance`.
 
+The toy model of 5 features does not come back yet: one component often takes two opposite features, and a toy may have
+dropped a feature. Twice the steps changed nothing on seeds 1 to 3 (cosines of 0.88, 0.84 and 0.85).
+
 Planted squares come back. Planted products (w_i.x)(v_i.x) p_i often come back as two squares: on seed 0 at cosines of
 0.80 to 0.89.
 """
@@ -52,7 +55,7 @@ class Setting(NamedTuple):
     hidden: int = 16  # units of a gate network
 
 
-TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 2500, 5e-3, 3e-3, hidden=8)}
+TOYS = {"toy 5-2": Setting(5, 2, 20, 0.05, 1000, 5e-3, 3e-3, hidden=8)}
 PLANTED = Setting(16, 8, 16, 0.1, 1000, 1e-2, 1e-2)  # dimensions is the number of terms
 
 

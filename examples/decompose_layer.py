@@ -111,19 +111,14 @@ class Gated(nn.Module):
         h = layer.w.shape[0]
         self.gates = bo.nn.Gates(study.d, h, 2 * study.d, "shared")
         nn.init.constant_(self.gates.b2, 0.5)  # all gates begin half open
+        own, copies = original.layer, h // study.h
+        self.norm = bo.layer_inner(own.w, own.v, own.p, own.w, own.v, own.p)
         self.layer = None if mixed else layer
         self.mixtures: nn.ModuleList | None = None
         if mixed:
-            own = original.layer
-            copies = h // study.h
-            weights = (own.w, own.v, own.p.t() / copies)
-            self.mixtures = nn.ModuleList([bo.nn.MixedWeights(weight, h) for weight in weights])
+            self.mixtures = nn.ModuleList([bo.nn.MixedWeights(t, h) for t in (own.w, own.v, own.p.t() / copies)])
             for mixture in self.mixtures:
-                noise = study.noise * torch.randn_like(mixture.entries) / study.h**0.5
-                mixture.entries.data += noise
-        self.norm = bo.layer_inner(
-            own_w := original.layer.w, own_v := original.layer.v, own_p := original.layer.p, own_w, own_v, own_p
-        )
+                mixture.entries.data += study.noise / study.h**0.5 * torch.randn_like(mixture.entries)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.mixtures is None:

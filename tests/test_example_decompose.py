@@ -61,8 +61,8 @@ def test_quick_run_compares_all_ways(example, layer, quick):
     assert [r["arm"] for r in receipt["runs"]] == list(layer.ARMS)
     assert all(len(r["errors"]) == 2 for r in receipt["runs"])
     text = example["decompose_findings"].text(receipt)
-    assert all(f"| {name} | {32 * factor} |" in text for name, factor in layer.ARMS.items() if factor > 1)
-    assert "1 of 1 seeds" in text and "nan" not in text
+    assert all(f"| {name} | {32 * factor} |" in text for name, factor in layer.ARMS.items())
+    assert text.count("| planted terms | 1 |") == 1 and "| yes |" in text and "nan" not in text
     assert len(list(out.glob("decompose_text_*.pt"))) == 1
     pytest.importorskip("matplotlib")
     assert (out / "decompose.png").stat().st_size > 0
@@ -85,6 +85,7 @@ def test_runs_that_miss_the_error_are_beyond_the_budget(example):
     censored = example["decompose_findings"].censored
     runs = [{"step": step} for step in (None, 20, 50)]
     assert censored(runs, "step", 100, ".0f") == "50 (20 to > 100)"
+    assert censored(runs[:1], "step", 100, ".0f") == "> 100"
     assert censored([*runs, {"step": None}, {"step": None}], "step", 100, ".0f") == "> 100 (20 to > 100)"
 
 
