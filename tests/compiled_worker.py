@@ -71,17 +71,18 @@ def precisions() -> dict[str, Any]:
     return found
 
 
-def cases() -> list[str]:
-    """What the gate of every target compiles, as the committed baseline names it."""
-    found: list[str] = []
+def cases() -> list[tuple[str, list[str]]]:
+    """What the gate of every target compiles, as the committed baseline names it, and the pointers that are None."""
+    found: list[tuple[str, list[str]]] = []
     for arch in gate.TARGETS:
         for family in FAMILIES:
             for case in family(arch):
 
                 def warmup(
-                    kernel: JITFunction, *_: object, name: str = f"{arch} {{}} [{case.name}]", **__: Any
+                    kernel: JITFunction, *args: object, name: str = f"{arch} {{}} [{case.name}]", **_: Any
                 ) -> None:
-                    found.append(name.format(kernel.__name__))
+                    absent = [key for key, value in zip(kernel.arg_names, args, strict=False) if value is None]
+                    found.append((name.format(kernel.__name__), absent))
 
                 with gate.compiling(arch), mock.patch.object(JITFunction, "warmup", warmup):
                     case.call()

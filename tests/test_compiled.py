@@ -38,9 +38,17 @@ def facts(*names):
 
 def test_the_baseline_holds_what_the_gate_compiles():
     """Every case once, without compiling any."""
-    names = found("cases")
+    names = [name for name, _ in found("cases")]
     (file,) = baseline.FOLDER.glob("baseline-*.json")
     assert sorted(names) == sorted(json.loads(file.read_text())) and len(set(names)) == len(names)
+
+
+def test_cases_of_masks_take_what_their_names_say():
+    masked = [(name, absent) for name, absent in found("cases") if " mask_" in name]
+    for name, absent in masked:
+        assert ("source_ptr" in absent) == ("source" not in name), name
+        assert ("seed_ptr" in absent) == ("continuous" not in name and "binomial" not in name), name
+    assert len(masked) >= 6 * 2 * 8
 
 
 @pytest.mark.parametrize("call", ("gated forward", "gated backward", "interaction, few", "interaction, many"))

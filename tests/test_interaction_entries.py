@@ -179,3 +179,11 @@ def active(w, v, c, inputs=((0, 1),), outputs=((1,),)):
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call(*layer(4, 3, 5)[:3])
+
+
+@pytest.mark.parametrize("features", (0, 1))
+def test_diagonal_of_few_features(features):
+    w, v, c, basis = randn(4, 3), randn(4, 3), randn(5, 4), randn(3, features)
+    found = bo.interaction_diagonal(w, v, c, basis=basis)
+    assert found.shape == (5, features)
+    torch.testing.assert_close(found, bo.reference.interaction_diagonal(w, v, c, basis=basis))

@@ -6,7 +6,9 @@ from interaction_inputs import SIZES, close, in_full, layer
 
 import bilinear_ops as bo
 from bilinear_ops.composite.limits import limits
+from bilinear_ops.interaction import ranking
 from bilinear_ops.results import SCORES
+from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # in functorch
 
@@ -132,3 +134,25 @@ def test_moments(size, factors, tile, monkeypatch):
         scale = entries.abs().pow(power).sum(1)
         assert ((got - entries.pow(power).sum(1)).abs() <= 1e-12 * scale).all()
     close(moments.max_abs, entries.abs().amax(1))
+
+
+@pytest.mark.parametrize("module", (bo, bo.reference), ids=("ours", "reference"))
+def test_the_only_pair_of_each_output_is_ranked_across_them(module):
+    w, v, c = (randn(*shape) for shape in ((3, 1), (3, 1), (5, 3)))
+    values = bo.reference.interaction_matrices(w, v, c)[:, 0, 0]
+    order = values.abs().argsort(descending=True)
+    found = module.interaction_topk(w, v, c, 5, score="self", scope="global")
+    assert found.k.tolist() == order.tolist() and not found.i.any() and not found.j.any()
+    torch.testing.assert_close(found.values, values[order])
+
+
+@pytest.mark.parametrize("kind", ("each output's", "one for all", "function"))
+def test_candidates_of_a_shard_carry_what_ranks_them(kind):
+    """The values times the weights of their own outputs, by which the shards' candidates are merged."""
+    w, v, c = (randn(*shape) for shape in ((3, 4), (3, 4), (5, 3)))
+    weights = torch.rand(5, 4, 4)
+    given = {"each output's": weights, "one for all": weights[0], "function": lambda k: weights[k]}[kind]
+    found = ranking._interaction_topk_candidates(w, v, c, 20, "cross", given, None, "torch")
+    assert len(found.k.unique()) > 1
+    scale = weights[0, found.i, found.j] if kind == "one for all" else weights[found.k, found.i, found.j]
+    torch.testing.assert_close(found.rank, found.values.abs() * scale)
