@@ -145,9 +145,9 @@ def rank1_cases(arch: str) -> Iterator[Case]:
         for part, need in (("gates and write", [True, False, True]), ("read", [False, True, False])):
             call = partial(backward, t(b, o, d), t(b, c), t(d, c), t(c, o), need, library=False)
             yield Case(f"{name} {part}", call)
-        network = t(c, 16), t(c, 16), t(c, 16)
-        yield Case(name, partial(gates.component_gates, t(m, c), *network, t(c)))
-        yield Case(name, partial(gates.component_gates_backward, t(m, c), t(m, c), *network, [True] * 5))
+        w = t(c, 16)
+        yield Case(name, partial(gates.component_gates, t(m, c), w, w, w, t(c)))
+        yield Case(name, partial(gates.component_gates_backward, t(m, c), t(m, c), w, w, w, [True] * 5))
     yield Case("alone", partial(masks.uniform, t(dtype=torch.int64), 0, s, m, c))
 
 
