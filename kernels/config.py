@@ -60,8 +60,8 @@ KERNELS = {
     "gated_forward_kernel": Kernel(
         tiles={
             "sm_80": {
-                Tile(128, 64, 32, 4, 3, blocks_per_sm=0): Compiled(  # two blocks fit
-                    "sm_80 gated_forward_kernel [bfloat16 128x2x64x32 aligned]", "resident", 2
+                Tile(128, 64, 32, 8, 3, blocks_per_sm=0): Compiled(
+                    "sm_80 gated_forward_kernel [bfloat16 128x2x64x32 unaligned, 4 warps: rejected]", "spills", 156
                 ),
                 Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
                     "sm_80 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 24576
@@ -106,6 +106,7 @@ KERNELS = {
         operands=2,
         candidates=(*GEMM_TILES, LIBRARY),
         rejected=(
+            Rejected("sm_80", torch.bfloat16, Tile(128, 64, 32, 4, 3), aligned=False),
             Rejected("sm_120", torch.bfloat16, Tile(128, 128, 32, 8, 2)),
             Rejected("sm_120", torch.float32, Tile(128, 64, 32, 8, 2), aligned=False),
         ),
@@ -152,7 +153,7 @@ KERNELS = {
             },
             "sm_100": {
                 LIBRARY: Compiled(
-                    "sm_100 gated_backward_kernel [float32 128x128x64 aligned, 8 warps: rejected]", "shared", 278576
+                    "sm_100 gated_backward_kernel [float32 128x128x64 aligned, 8 warps: rejected]", "shared", 271036
                 )
             },
         },

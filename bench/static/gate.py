@@ -131,8 +131,11 @@ class Report:
         return found
 
     def share(self) -> float | None:
-        """The lower end of the modelled tensor share at the launch's own sizes; None without tensor cores."""
-        found = self.estimate({})
+        """The lower end of the modelled tensor share at the launch's own sizes; None without tensor cores.
+
+        None for fp32 too: the model counts two bytes an element.
+        """
+        found = None if self.case.startswith("float32") else self.estimate({})
         return round(found.share[0], 3) if found and found.share[0] else None
 
     def figures(self) -> Figures:
