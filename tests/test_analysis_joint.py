@@ -98,3 +98,12 @@ def test_errors():
             analysis.joint_diagonalise(*bad)
     with pytest.raises(RuntimeError, match=r"c must have shape \[K, h=9\], got \[4, 8\]"):
         analysis.joint_diagonalise(w, v, c[:, :8])
+
+
+def test_one_rotation_is_the_best_of_a_plane():
+    w, v, c = layer(2, 9, 4)
+    found = analysis.joint_diagonalise(w, v, c, sweeps=1)
+    angle = torch.linspace(0, torch.pi, 20_001, dtype=torch.float64)
+    turned = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    best = bo.gated_mlp(turned, w, v, c).square().sum((1, 2)).max()
+    close(found.values.square().sum(), best, 1e-7)

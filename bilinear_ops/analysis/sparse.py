@@ -46,7 +46,7 @@ def sparse_decompose(
     *,
     penalty: float = 3e-3,
     steps: int = 200,
-    restarts: int = 8,
+    restarts: int = 4,
     progress: bool = False,
 ) -> SparseDecomposition:
     """Fit B by sum_r outputs_r (x) u_r u_r^T, with few outputs for each u_r and more terms than dimensions if need be.
@@ -54,7 +54,8 @@ def sparse_decompose(
     Eigenvectors of one output are orthogonal, which the features of a layer need not be. Minimises
     1/2 |B - B_terms|^2 + penalty |B| sum |outputs|, then once more without the penalty over the outputs that are not
     zero. Both by L-BFGS, in float64 and without B: the products of B with the terms are the layer's outputs at the u_r.
-    The best of several fits from random vectors (the same in every call); a local optimum. Not differentiable.
+    The best of several fits from random vectors (the same in every call); a local optimum. With more terms than a layer
+    was made of, others than those often fit as well and are found instead. Not differentiable.
 
     Args:
         w, v, p: `[h, d]`, `[h, d]` and `[o, h]`.
