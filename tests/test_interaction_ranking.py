@@ -156,3 +156,13 @@ def test_candidates_of_a_shard_carry_what_ranks_them(kind):
     assert len(found.k.unique()) > 1
     scale = weights[0, found.i, found.j] if kind == "one for all" else weights[found.k, found.i, found.j]
     torch.testing.assert_close(found.rank, found.values.abs() * scale)
+
+
+@pytest.mark.parametrize("n", (1, 2, 3))
+@pytest.mark.parametrize("scope", ("output", "global"))
+def test_a_few_over_many_merges(n, scope, small_limits):
+    """What was kept bounds what is still offered by its last, never by another."""
+    w, v, c = (randn(*shape) for shape in ((6, 9), (6, 9), (4, 6)))
+    found, expected = (module.interaction_topk(w, v, c, n, scope=scope) for module in (bo, bo.reference))
+    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(found.i, expected.i) and torch.equal(found.j, expected.j)
