@@ -166,3 +166,10 @@ def test_a_few_over_many_merges(n, scope, small_limits):
     found, expected = (module.interaction_topk(w, v, c, n, scope=scope) for module in (bo, bo.reference))
     torch.testing.assert_close(found.values, expected.values)
     assert torch.equal(found.i, expected.i) and torch.equal(found.j, expected.j)
+
+
+@pytest.mark.parametrize("shape", ((3, 9, 9), (5, 9, 9), (4, 8, 9), (8, 9)))
+def test_weights_of_other_sizes_are_refused(shape):
+    w, v, c = randn(6, 9), randn(6, 9), randn(4, 6)
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[9, 9\] or \[4, 9, 9\]"):
+        bo.interaction_topk(w, v, c, 2, weight=torch.rand(shape))
