@@ -156,3 +156,20 @@ def test_candidates_of_a_shard_carry_what_ranks_them(kind):
     assert len(found.k.unique()) > 1
     scale = weights[0, found.i, found.j] if kind == "one for all" else weights[found.k, found.i, found.j]
     torch.testing.assert_close(found.rank, found.values.abs() * scale)
+
+
+@pytest.mark.parametrize("n", (1, 2, 3))
+@pytest.mark.parametrize("scope", ("output", "global"))
+def test_a_few_over_many_merges(n, scope, small_limits):
+    """What was kept bounds what is still offered by its last, never by another."""
+    w, v, c = (randn(*shape) for shape in ((6, 9), (6, 9), (4, 6)))
+    found, expected = (module.interaction_topk(w, v, c, n, scope=scope) for module in (bo, bo.reference))
+    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(found.i, expected.i) and torch.equal(found.j, expected.j)
+
+
+@pytest.mark.parametrize("shape", ((3, 9, 9), (5, 9, 9), (4, 8, 9), (8, 9)))
+def test_weights_of_other_sizes_are_refused(shape):
+    w, v, c = randn(6, 9), randn(6, 9), randn(4, 6)
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[9, 9\] or \[4, 9, 9\]"):
+        bo.interaction_topk(w, v, c, 2, weight=torch.rand(shape))
