@@ -117,7 +117,8 @@ def stochastic_rank1_linear(
 ) -> Tensor:
     """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
 
-    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples.
+    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples. On CPU a
+    step of at most 2^17 mask entries keeps its masks, as calls cost more there.
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
 
     Args:
