@@ -39,6 +39,12 @@ def test_the_page_says_what_was_measured(llama):
     assert llama.check() == 0
     receipt = json.loads(llama.RECEIPT.read_text())
     assert receipt["sizes"] == llama.FULL._asdict()
+    for loss in (model["loss"] for model in receipt["models"]):
+        assert loss["swiglu"] < loss["bilinear"] == loss["loaded"] < loss["abrupt"]
+    for spectra in (model["spectra"] for model in receipt["models"]):
+        for n, random in enumerate(spectra["random"]):
+            trained = (spectra[name][n]["inputs_leading"] for name in ("swiglu", "bilinear"))
+            assert min(trained) > 1.5 * random["inputs_leading"]
 
 
 def test_spectrum_by_hand(llama):
