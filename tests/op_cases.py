@@ -91,6 +91,10 @@ def sparse(module, *tensors):
     return module.rank1_sparse(x, read, write, torch.arange(11)[:, None] * 17, gates, bias)
 
 
+def accumulated(module, gates, read, write, base):
+    return module.rank1_accumulate(gates, read, write, base=base)
+
+
 CASES = {
     "gated": (partial(gated, activation="silu"), mlp()),
     "gated, swish": (swish, [*mlp(), torch.tensor(0.7, dtype=torch.float64)]),
@@ -129,5 +133,6 @@ CASES = {
         lambda m, *t: m.component_gates(*t),
         [double(11, 6), double(6, 3), double(6, 3), double(6, 3), double(6)],
     ),
+    "accumulated": (accumulated, [double(3, 6), double(4, 6), double(6, 5), double(5, 4)]),
     "sparse": (sparse, [double(11, 4), double(200, 4).t(), double(200, 3), double(11, 1), double(3)]),
 }
