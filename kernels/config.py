@@ -80,7 +80,7 @@ KERNELS = {
             },
             "sm_120": {
                 Tile(128, 64, 32, 8, 2, blocks_per_sm=0): Compiled(
-                    "sm_120 gated_forward_kernel [bfloat16 128x2x128x32 aligned, 8 warps: rejected]", "spills", 51
+                    "sm_120 gated_forward_kernel [bfloat16 128x2x128x32 aligned, 8 warps: rejected]", "spills", 50
                 ),
                 Tile(64, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
                     "sm_120 gated_forward_kernel [bfloat16 64x2x64x32 aligned]", "shared", 12288
@@ -88,7 +88,7 @@ KERNELS = {
             },
             "gfx942": {
                 Tile(128, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
-                    "gfx942 gated_forward_kernel [float32 128x2x64x32 unaligned]", "registers", 244
+                    "gfx942 gated_forward_kernel [float32 128x2x64x32 unaligned]", "registers", 248
                 )
             },
         },
@@ -116,7 +116,7 @@ KERNELS = {
         tiles={
             "sm_80": {
                 Tile(128, 128, 32, 8, 3, blocks_per_sm=0): Compiled(
-                    "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 151
+                    "sm_80 gated_backward_kernel [bfloat16 128x128x32 aligned, 4 warps: rejected]", "spills", 111
                 ),
                 Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
                     "sm_80 gated_backward_kernel [bfloat16 64x64x32 aligned]", "shared", 16384
@@ -134,12 +134,12 @@ KERNELS = {
             },
             "sm_120": {
                 Tile(64, 64, 32, 4, 3, blocks_per_sm=0): Compiled(
-                    "sm_120 gated_backward_kernel [bfloat16 64x64x32 aligned]", "registers", 128
+                    "sm_120 gated_backward_kernel [bfloat16 64x64x32 aligned]", "registers", 137
                 )
             },
             "gfx942": {
                 Tile(128, 64, 32, 4, 2, blocks_per_sm=0): Compiled(
-                    "gfx942 gated_backward_kernel [float32 128x64x32 unaligned]", "registers", 201
+                    "gfx942 gated_backward_kernel [float32 128x64x32 unaligned]", "registers", 256
                 )
             },
         },
