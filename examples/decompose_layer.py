@@ -137,9 +137,8 @@ class Gated(nn.Module):
         seed = torch.tensor(step)
         if self.routed:
             hid = bo.nn.routed_gated_mlp(x, w, v, torch.eye(len(w)), route=self._route(x), activation="silu")
-            found = bo.stochastic_rank1_linear(
-                x[:, :0], w.new_empty(0, len(w)), p.t(), importances.lower, acts=hid, seed=seed
-            )
+            unread = torch.zeros_like(w).t()  # acts stand for x read
+            found = bo.stochastic_rank1_linear(x, unread, p.t(), importances.lower, acts=hid, seed=seed)
         else:
             found = bo.stochastic_gated_mlp(x, w, v, p, importances.lower, activation="silu", seed=seed)
         reconstruction = (found[0] - y).square().sum() / y.square().sum()
