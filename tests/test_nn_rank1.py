@@ -35,6 +35,9 @@ def test_embedding_is_the_linear_layer_of_one_hot_tokens():
     for options in ({}, {"delta": delta}, {"routing": routing}, {"delta": delta, "routing": routing}):
         expected = bo.reference.rank1_linear(x, module.read, module.write, mask, weight=weight.t(), **options)
         torch.testing.assert_close(module(tokens, mask, **options), expected)
+        drawn = dict(options, samples=2, seed=3)
+        expected = bo.reference.stochastic_rank1_linear(x, module.read, module.write, mask, weight=weight.t(), **drawn)
+        torch.testing.assert_close(module.stochastic(tokens, mask, **drawn), expected)
     torch.testing.assert_close(module(tokens), module.weight[tokens])
 
 

@@ -230,7 +230,7 @@ def _drawn_once(
 ) -> Tensor:
     """A small layer under masks that are kept for backward, by eager PyTorch: calls cost more than arithmetic there."""
     assert masks.seed is not None
-    x, c = x.reshape(-1, x.shape[-1]), read.shape[1]
+    x, c = x.reshape(x.shape[:-1].numel(), x.shape[-1]), read.shape[1]
     numbers = masks.row_numbers, masks.column_numbers
     draws = composite_masks.uniform(
         masks.seed, composite_masks.mask_site(masks.stream), masks.samples, x.shape[0], c, *numbers
