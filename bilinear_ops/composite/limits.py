@@ -28,6 +28,7 @@ class Limits:
     loop_max: int = 48  # the most directions for which one at a time is the faster order: 32 to 64 at d = 64 to 512
     scores: int = 1 << 21  # of a tile of scores: 8 MB in fp32
     matrices: int = 1 << 24  # of the interaction matrices held at a time: 64 MB in fp32
+    ranked: int = 1 << 20  # of those held beside a tile of scores on CPU: 4 MB in fp32
     at_once: int = 1 << 20  # of the largest intermediate of a ranking that is one sort: streamed, calls cost more
     candidates: int = 1 << 12  # of a ranking offered before they are sorted into what is kept
     features: int = 1 << 25  # up to which W D [h, F] is formed whole rather than row by row

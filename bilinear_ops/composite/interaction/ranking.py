@@ -200,8 +200,8 @@ def _score_tiles(
             tiles = products(w, v, c[a:b], None) if u is None else products(w, v, c, u[a:b])
             yield b - a, (_Tile(t, k + first, i, j, upper=True) for first, _, i, j, t in tiles for k in (a,))
     else:
-        # half of a tile: with its scores and ranks less than the two matrices [F, F] of a loop over outputs
-        budget = limits.scores // 2 if w.is_cpu else limits.matrices
+        # with a tile of scores and its ranks less than the two matrices [F, F] of a loop over outputs
+        budget = limits.ranked if w.is_cpu else limits.matrices
         for start, _, q in _matrix_chunks(w, v, c, u, matrices, budget):
             for a, b in blocks(q.shape[0], features * features, limits.scores):
                 yield b - a, (_Tile(t, k, j, 0) for _, _, j, t in _tiles(q[a:b], basis) for k in (start + a,))
