@@ -210,7 +210,14 @@ def test_a_gate_of_both_sides_that_is_a_module(compiled, monkeypatch):
     assert torch.equal(run(x), twin(x)) and len(seen) == 1
 
 
-@pytest.mark.parametrize("gate", (Bounded(4.0, 24.0), Bounded(3.0, 25.0), Bounded(5.0, 20.0), OnlyInTraining()))
+class Doubled(Bounded):
+    def forward(self, z: Tensor, a: Tensor) -> Tensor:
+        return 2.0 * super().forward(z, a)
+
+
+@pytest.mark.parametrize(
+    "gate", (Doubled(), Bounded(4.0, 24.0), Bounded(3.0, 25.0), Bounded(5.0, 20.0), OnlyInTraining())
+)
 def test_other_gates_of_both_sides_are_refused(gate):
     assert apply(BoundedMLP(gate))[0].status == "left alone"
 
