@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m bilinear_ops demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/python -m bench

@@ -27,8 +27,6 @@ def interprets(expression: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if interprets(config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    if getattr(config.option, "dist", "no") == "load":  # pytest -n: tests that share a launch run in one process
-        config.option.dist = "loadgroup"
 
 
 @pytest.hookimpl(wrapper=True)

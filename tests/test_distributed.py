@@ -18,10 +18,7 @@ from torch.distributed import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
-    pytest.mark.xdist_group("launches"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
 class Launch(NamedTuple):
