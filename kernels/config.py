@@ -167,12 +167,12 @@ KERNELS = {
         ),
     ),
     "gate_kernel": Kernel(
-        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_90 gate_kernel [float32 alone]", "registers", 40)}},
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_90 gate_kernel [float32 alone]", "registers", 32)}},
         interpreted=RowTile(64, 64, 4),
         candidates=ROW_TILES,
     ),
     "gate_backward_kernel": Kernel(
-        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_100 gate_backward_kernel [float32 alone]", "registers", 138)}},
+        tiles={"any": {RowTile(64, 64, 8): Compiled("sm_100 gate_backward_kernel [float32 alone]", "registers", 128)}},
         interpreted=RowTile(64, 64, 4),
         candidates=ROW_TILES,
     ),
@@ -304,7 +304,10 @@ KERNELS = {
     # tall: each tile of tokens stores partial sums
     "component_gates_backward_kernel": Kernel(
         tiles={
-            "any": {RowTile(128, 32, 8): Compiled("sm_120 component_gates_backward_kernel [float32]", "registers", 178)}
+            "sm_120": {RowTile(128, 32, 16): Compiled("sm_120 component_gates_backward_kernel [float16]", "spills", 0)},
+            "any": {
+                RowTile(128, 32, 8): Compiled("sm_90 component_gates_backward_kernel [bfloat16]", "registers", 128)
+            },
         },
         interpreted=RowTile(32, 64, 4),
         candidates=(RowTile(64, 64, 8), RowTile(128, 32, 4), RowTile(256, 32, 8), RowTile(128, 64, 8)),
