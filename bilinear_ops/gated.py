@@ -133,6 +133,8 @@ def gated_mlp(
     Raises:
         as `gated_bilinear`.
     """
+    if p is None:
+        raise TypeError("p must be a torch.Tensor, got NoneType")
     if impl == "auto" and mask is None and not recompute:
         y = _small(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
         if y is not None:
@@ -280,10 +282,10 @@ def _small(
         and dtype in DTYPES
         and w.dtype is dtype and v.dtype is dtype
         and x.numel() * shape[0] <= limits.small_on_cpu
-        and (p is None or p.dim() == 2 and p.shape[1] == shape[0] and _is_like(p, dtype))
-        and (b_w is None or b_w.shape == shape[:1] and _is_like(b_w, dtype))
-        and (b_v is None or b_v.shape == shape[:1] and _is_like(b_v, dtype))
-        and (b_p is None or p is not None and b_p.shape == p.shape[:1] and _is_like(b_p, dtype))
+        and (p is None or _is_like(p, dtype) and p.dim() == 2 and p.shape[1] == shape[0])
+        and (b_w is None or _is_like(b_w, dtype) and b_w.shape == shape[:1])
+        and (b_v is None or _is_like(b_v, dtype) and b_v.shape == shape[:1])
+        and (b_p is None or p is not None and _is_like(b_p, dtype) and b_p.shape == p.shape[:1])
     ):  # fmt: skip
         return None
     check_gate(activation, beta, limit, offset, x)
@@ -318,7 +320,7 @@ def check_gate(
             raise ValueError(f"{name} has no gradient, got a tensor that requires one")
     if limit is not None and activation == "silu_bounded":
         raise ValueError("limit does not belong to activation='silu_bounded', which has bounds of its own")
-    if limit is not None and not isinstance(limit, Tensor) and limit <= 0:
+    if limit is not None and not isinstance(limit, Tensor) and not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
 
 

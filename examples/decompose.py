@@ -1,4 +1,4 @@
-"""Decompose layers: planted components come back, and ways to decompose a trained SwiGLU layer are compared.
+"""Decompose layers: do planted components come back, and which way to decompose a trained SwiGLU layer is best?
 
     python examples/decompose.py [--quick]    # writes figures/decompose.json and figures/decompose.png
     python examples/decompose.py --check      # is docs/findings.md what its receipt says?

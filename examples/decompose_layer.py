@@ -227,10 +227,6 @@ def run(arm: str, original: Target, study: Study, rate: float, seed: int) -> dic
     }
 
 
-def _weights(original: Target) -> tuple[Tensor, Tensor, Tensor]:
-    return original.layer.w, original.layer.v, original.layer.p
-
-
 def compare(study: Study, cache: Path) -> dict[str, Any]:
     """Every arm with the learning rate that its tuning seeds like best, at the reporting seeds."""
     original = target(study, cache)
@@ -262,7 +258,7 @@ def _score(found: list[dict[str, Any]], study: Study) -> tuple[float, float]:
 @torch.no_grad()
 def strongest(original: Target, kept: int) -> float:
     """The error where the layer's own units of largest |output| are kept, of each held-out word."""
-    w, v, p = _weights(original)
+    w, v, p = original.layer.w, original.layer.v, original.layer.p
     hid = bo.gated_bilinear(original.test, w, v, activation="silu")
     mask = bo.nn.route(hid.abs() * p.norm(dim=0), "topk", k=kept)
     y = hid @ p.t()

@@ -85,6 +85,10 @@ def measure(network: Network, data: Digits) -> dict[str, Any]:
     fitted = bo.quadratic_form(held_out, best.q) + held_out @ best.linear.t() + best.constant
     whole = network.layer(held_out)
     left = (fitted - whole).var(0) / whole.var(0)
+
+    def right(logits: Tensor) -> float:
+        return (logits.argmax(1) == data.test_y).double().mean().item()
+
     return {
         "length": length,
         "kept": kept.tolist(),
@@ -92,11 +96,8 @@ def measure(network: Network, data: Digits) -> dict[str, Any]:
         "explained": best.explained.mean().item(),
         "explained on images": (1 - left).mean().item(),
         "accuracy": accuracy(network, data.test_x, data.test_y),
-        "accuracy of the quadratic": (fitted.argmax(1) == data.test_y).double().mean().item(),
-        "accuracy of the bilinear part": (bo.gated_mlp(held_out, w, v, p).argmax(1) == data.test_y)
-        .double()
-        .mean()
-        .item(),
+        "accuracy of the quadratic": right(fitted),
+        "accuracy of the bilinear part": right(bo.gated_mlp(held_out, w, v, p)),
     }
 
 
@@ -105,7 +106,7 @@ def text(receipt: dict[str, Any]) -> str:
     runs = receipt["runs"]
     rows = [("maxima of the bilinear layer's strength", spread([len(run["kept"]) for run in runs], ".1f"))]
     rows += [
-        (f"strength kept at length {radius:g}", spread([k for run in runs for k in (row[i] for row in run["kept"])]))
+        (f"strength kept at length {radius:g}", spread([row[i] for run in runs for row in run["kept"]]))
         for i, radius in enumerate(RADII)
     ]
     for name, form in (

@@ -146,7 +146,6 @@ def act_with_grad(z, beta, ACTIVATION: tl.constexpr):
         return 4 * t * s, (1 - t * t) * s + 4 * t * ds
 
 
-# Both are impure, or the compiler would compute them again for every layout that an epilogue stores.
 @triton.jit
 def _exp(u):
     """e^u from the special-function unit's 2^u, as tl.exp."""

@@ -276,7 +276,7 @@ def test_errors():
         ({"n": -1}, "n must be from 0 to 5"),
         ({"n": 3, "which": "both"}, "n must be from 0 to 2"),
         ({"tol": 0.0}, "tol must be positive"),
-        ({"tol": float("nan")}, "tol must be positive"),
+        ({"tol": float("nan")}, "tol must be a number, got nan"),
         ({"chunk_bytes": 0}, "chunk_bytes must be positive"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -39,9 +39,10 @@ def test_what_is_not_quadratic_is_in_the_remainder():
     w, v, p = layer(5, 8, 4)
     b_w, b_v, b_p, x = doubles((8,), (8,), (4,), (7, 5))
     logits = bo.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation="silu")
-    found = analysis.explain(x, analysis.interaction_eigh(w, v, p, 2), 1, logits=logits)
+    pairs = analysis.interaction_eigh(w, v, p, 2)
+    found = analysis.explain(x, pairs, 1, logits=logits)
     close(found.contributions.sum(-1) + found.remainder, logits)
-    alone = analysis.explain(x, analysis.interaction_eigh(w, v, p), 1)
+    alone = analysis.explain(x, pairs, 1, logits=bo.gated_mlp(x, w, v, p))
     close(found.contributions, alone.contributions)
     assert (found.remainder - alone.remainder).abs().max() > 0.1
 

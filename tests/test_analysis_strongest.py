@@ -184,7 +184,7 @@ def test_errors():
     for n, options in ((-1, {}), (2, {"steps": -1}), (2, {"tol": -1.0})):
         with pytest.raises(ValueError, match="n, steps and tol must not be negative"):
             analysis.strongest_directions(w, v, p, n, **options)
-    with pytest.raises(ValueError, match="steps and tol must not be negative, got 1, 500 and nan"):
+    with pytest.raises(ValueError, match="tol must be a number, got nan"):
         analysis.strongest_directions(w, v, p, 1, tol=float("nan"))
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="v must be finite"):

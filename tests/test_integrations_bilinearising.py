@@ -8,6 +8,7 @@ from torch import nn
 from transformers_models import DENSE, add_hook, build, calls, mlp, results, tokens
 
 from bilinear_ops.integrations.transformers import Bilinearisation, apply, bilinearise, gated_weights
+from bilinear_ops.nn.annealing import Swish
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -152,6 +153,11 @@ def test_what_is_refused_stays_as_it_was():
         annealing.fold()
     annealing = bilinearise(build("llama"), steps=1)
     annealing(1)
+    last = [m for m in annealing.model.modules() if isinstance(m, Swish)][-1]
+    last.beta.fill_(0.5)
+    with pytest.raises(ValueError, match="only a slope of 0 can be folded, got 0.5 in model.layers.1.mlp"):
+        annealing.fold()
+    last.beta.zero_()
     add_hook(mlp(annealing.model))
     weight = mlp(annealing.model).down_proj.weight.clone()
     with pytest.raises(ValueError, match="is no longer a plain MLP: up_proj has hooks"):

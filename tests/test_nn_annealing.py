@@ -120,3 +120,7 @@ def test_what_cannot_be_annealed():
         anneal_beta(trained, 0, 1)
     with pytest.raises(ValueError, match="a limit or an offset is not bilinear"):
         bo.nn.GatedMLP(2, 3, activation="swish", beta=0.0, limit=7.0).bilinearise_()
+    normed = nn.utils.parametrizations.weight_norm(bo.nn.GatedMLP(2, 3, activation="swish", beta=0.0), "p")
+    for fold in (bilinearise_, bo.nn.GatedMLP.bilinearise_):
+        with pytest.raises(ValueError, match="p is no parameter to be halved in place"):
+            fold(normed)

@@ -190,6 +190,19 @@ def test_masks_are_the_same_bits_everywhere(dtype, sampling):
         assert torch.equal(delta, bo.reference.stochastic_delta((2, 35), samples=2, seed=9, device="cpu"))
 
 
+@pytest.mark.parametrize("default", (torch.float64, torch.bfloat16))
+def test_masks_do_not_depend_on_the_default_dtype(default):
+    gates = torch.rand(35, 6, dtype=torch.float32)
+    mask, delta = (bo.stochastic_mask(gates, samples=2, seed=9), bo.stochastic_delta((35,), seed=9))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(bo.stochastic_mask(gates, samples=2, seed=9), mask)
+        assert torch.equal(bo.stochastic_delta((35,), seed=9), delta)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_seed_is_an_int_or_a_tensor():
     gates = torch.rand(4, 6)
     assert torch.equal(bo.stochastic_mask(gates, seed=5), bo.stochastic_mask(gates, seed=torch.tensor(5)))

@@ -230,7 +230,8 @@ def test_what_cannot_work_says_so(bounded):
         {"b_v": randn(H, 1)}, {"b_p": randn(OUT + 1)}, {"w": randn(H, D, dtype=torch.float64)},
         {"b_p": randn(OUT, dtype=torch.float64)}, {"p": randn(OUT, H).to("meta")}, {"x": torch.ones(M, D).long()},
         {"x": torch.tensor(1.0)}, {"v": randn(D)}, {"beta": 0.5}, {"activation": "none"}, {"limit": -1.0},
-        {"limit": "1"}, {"w": [1.0]},
+        {"limit": float("nan")}, {"limit": "1"}, {"w": [1.0]}, {"p": [1.0]}, {"p": None, "b_p": None}, {"b_w": [1.0]},
+        {"b_v": 1.0}, {"b_p": [1.0]},
     ),
     ids=lambda c: f"{next(iter(c))} {getattr(next(iter(c.values())), 'shape', '')}",
 )  # fmt: skip

@@ -98,7 +98,7 @@ def gated_interactions(
     sizes = check_layer(w, v, c)
     check(w=(w, "h d"), x=(x, "... d"))
     gates = glu_gates(x, v, activation, beta=beta)
-    terms = (gates[..., None, :] * coefficients(c)).reshape(-1, sizes["h"])
+    terms = (gates[..., None, :] * coefficients(c)).flatten(0, -2)
     return interaction_matrices(w, v, terms).view(*x.shape[:-1], sizes["K"], sizes["d"], sizes["d"])
 
 

@@ -77,11 +77,12 @@ class Bilinearisation:
         """
         from transformers.activations import ACT2FN
 
-        if self.beta != 0:
-            raise ValueError(f"only a slope of 0 can be folded, got {self.beta:g}: anneal to the end first")
         modules = {name: self.model.get_submodule(name) for name in self.forms}
         for name, module in modules.items():
             _check_unchanged(name, module, self.forms[name])
+            beta = getattr(module, self.forms[name].act).beta.item()
+            if beta != 0:
+                raise ValueError(f"only a slope of 0 can be folded, got {beta:g} in {name}: anneal to the end first")
         halve_(self.model, [(getattr(m, self.forms[name].down), "weight") for name, m in modules.items()])
         for name, module in modules.items():
             setattr(module, self.forms[name].act, ACT2FN[LINEAR])

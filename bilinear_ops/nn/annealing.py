@@ -111,8 +111,8 @@ def bilinearise_(model: nn.Module) -> nn.Module:
         the model.
 
     Raises:
-        ValueError: a model without gated layers, a layer that is not bilinear at its slope, or a weight that another
-            module of the model uses too. Nothing has changed then.
+        ValueError: a model without gated layers, a layer that is not bilinear at its slope, or a weight that is
+            parametrised or that another module of the model uses too. Nothing has changed then.
     """
     found = layers(model)
     if not found:

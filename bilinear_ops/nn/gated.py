@@ -124,6 +124,9 @@ class _Gated(nn.Module):
         if self.activation != "swish" or self.beta is None or self.beta.item() != 0:
             slope = "" if self.beta is None else f" at beta {self.beta.item():g}"
             raise ValueError(f"only identity and swish at beta 0 are bilinear, got {self.activation}{slope}")
+        for name in self.HALVED:
+            if name not in self._parameters:
+                raise ValueError(f"{name} is no parameter to be halved in place: remove its parametrisation first")
 
     def _drop_activation(self) -> None:
         self.activation = "identity"
@@ -138,7 +141,7 @@ class _Gated(nn.Module):
         is converted by `nn.bilinearise_`.
 
         Raises:
-            ValueError: another activation, beta other than 0, a limit or an offset.
+            ValueError: another activation, beta other than 0, a limit or an offset; a parametrised weight.
         """
         self._check_bilinear()
         if self.activation == "swish":

@@ -115,10 +115,10 @@ def stochastic_rank1_linear(
     column_numbers: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used and never stored ([SPD]).
+    """`rank1_linear` under stochastic masks g + (1 - g) r, drawn where they are used ([SPD]).
 
-    Backward draws them again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples. On CPU a
-    step of at most 2^17 mask entries keeps its masks, as calls cost more there.
+    Backward draws the masks again: one `[..., C]` array, x R, is kept beside the inputs for any number of samples. Only
+    a step on CPU of at most 2^17 mask entries keeps its masks, as calls cost more there.
     `stochastic_mask` and `stochastic_delta` return the same numbers as tensors.
 
     Args:

@@ -64,7 +64,8 @@ def uniform(
     column_numbers: Tensor | None = None,
 ) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
-    states, out = sample_states(seed, site, samples), torch.empty(samples, rows, columns, device=seed.device)
+    states = sample_states(seed, site, samples)
+    out = torch.empty(samples, rows, columns, dtype=torch.float32, device=seed.device)
     for sample in range(samples):
         for block, u in uniform_blocks(states[sample], 0, rows, columns, row_numbers, column_numbers):
             if samples == 1 and u.shape[0] == rows and u.is_contiguous():
@@ -99,7 +100,8 @@ def uniform_blocks(
     offsets = pairs * GOLDEN + state  # [words]
     words = torch.empty(height, words_a_row, dtype=torch.int64, device=state.device)
     scratch = torch.empty_like(words)
-    u = torch.empty(height, 2 * words_a_row if column_numbers is None else columns, device=state.device)
+    drawn = 2 * words_a_row if column_numbers is None else columns
+    u = torch.empty(height, drawn, dtype=torch.float32, device=state.device)
     for a, b in blocks(stop - start, words_a_row, budget):
         first, n = start + a, b - a
         if n < height:
