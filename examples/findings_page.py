@@ -1,6 +1,6 @@
-"""What the examples' findings share: Markdown tables, receipts as JSON, and whether docs/findings.md says the same.
+"""What the examples' findings share: Markdown tables, receipts as JSON, and whether a page of docs/ says the same.
 
-The page holds the text of an example between two marks of its name.
+The page, docs/findings.md unless another is given, holds the text of an example between two marks of its name.
 """
 
 from __future__ import annotations
@@ -39,13 +39,12 @@ def _rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def check(name: str, receipt: Path, text: Callable[[Receipt], str]) -> int:
+def check(name: str, receipt: Path, text: Callable[[Receipt], str], page: Path = PAGE) -> int:
     """Whether the page holds the text of a receipt; returns the exit status."""
-    held = (
-        PAGE.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")[2].partition(f"<!-- {name}:end -->\n")[0]
-    )
+    after = page.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->\n")[2]
+    held = after.partition(f"<!-- {name}:end -->\n")[0]
     if held.strip() == text(json.loads(receipt.read_text(encoding="utf-8"))).strip():
-        print(f"{PAGE.name} says what {receipt.name} measured.")
+        print(f"{page.name} says what {receipt.name} measured.")
         return 0
-    print(f"{PAGE.name} differs from {receipt.name}: put the text of this receipt between its marks.")
+    print(f"{page.name} differs from {receipt.name}: put the text of this receipt between its marks.")
     return 1

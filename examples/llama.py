@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import sys
 import tempfile
@@ -21,18 +20,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import findings_page
 import text_corpus as corpus
 import torch
-from digits_findings import table, written
+from findings_page import table, written
 from torch import Tensor, nn
 
 import bilinear_ops as bo
 from bilinear_ops.analysis import effective_rank, hosvd, layer_similarity
 from bilinear_ops.integrations.transformers import bilinearise, gated_weights
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, RECEIPT = DOCS / "transformers.md", DOCS / "receipts" / "llama.json"
-BEGIN, END = "<!-- llama:begin -->\n", "<!-- llama:end -->\n"
+PAGE, RECEIPT = findings_page.DOCS / "transformers.md", findings_page.DOCS / "receipts" / "llama.json"
 LEADING = 8  # output directions whose matrices are decomposed, and eigenvalues counted as leading
 RATES, WARM_UP, DECAY, BETAS = (3e-3, 1e-3), 20, 0.1, (0.9, 0.99)  # of the training and of what follows it
 
@@ -225,12 +223,7 @@ def _spread(values: list[float], form: str) -> str:
 
 def check() -> int:
     """Whether the page holds the text of its receipt; returns the exit status."""
-    held = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    if held.strip() == text(json.loads(RECEIPT.read_text(encoding="utf-8"))).strip():
-        print(f"{PAGE.name} says what {RECEIPT.name} measured.")
-        return 0
-    print(f"{PAGE.name} differs from {RECEIPT.name}: put the text of this receipt between its marks.")
-    return 1
+    return findings_page.check("llama", RECEIPT, text, PAGE)
 
 
 def main(arguments: list[str] | None = None) -> int:
