@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -81,6 +82,8 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        sys.exit("start with torchrun --nproc-per-node 2 examples/sharded.py")
     gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import bilinear_ops
 
@@ -144,6 +145,13 @@ def test_works_without_triton():
         'impl="triton" cannot run: triton is not installed',
         "triton is not installed",
     ]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    """Our own folder `kernels` has the name of the library."""
+    monkeypatch.setitem(sys.modules, "kernels.layer", None)
+    with pytest.raises(ModuleNotFoundError, match="needs the library kernels: pip install kernels"):
+        bilinear_ops.integrations.hub.mark(torch.nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize("module", ("gated", "interaction.forms", "rank1.masked", "_op"))

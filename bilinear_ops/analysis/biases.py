@@ -82,7 +82,8 @@ def layer_weights(module: GatedMLP) -> Layer:
             activation. swish at beta 0 is bilinear: call `bilinearise_()` first.
     """
     if not isinstance(module, GatedMLP):
-        raise TypeError(f"module must be a GatedMLP, got {type(module).__name__}")
+        kind = type(module).__name__
+        raise TypeError(f"module must be a GatedMLP, got {kind}: for a model of transformers see gated_weights")
     if module.limit is not None or module.offset is not None:
         raise ValueError("module must have no limit and no offset to be a quadratic form")
     if module.activation != "identity":

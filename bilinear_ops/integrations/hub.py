@@ -56,7 +56,10 @@ def mark(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    library: Any = importlib.import_module("kernels.layer")  # which our own folder `kernels` has not
+    try:
+        library: Any = importlib.import_module("kernels.layer")  # which our own folder `kernels` has not
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("hub.mark needs the library kernels: pip install kernels") from error
     entries = []
     for name, module in model.named_modules():
         if not linear_names(module):
