@@ -269,3 +269,41 @@ def test_modules_copy_and_pickle():
     fresh.load_state_dict(torch.load(stream))
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), fresh):
         assert torch.equal(other(x), module(x))
+
+
+def _of_single() -> dict[str, tuple]:
+    """Functions of an implementation, whose kernels or blocks hold numbers of their own, and float32 tensors."""
+    t = {n: randn(*map(int, n)) for n in ("53", "43", "24", "34", "54", "5", "46", "4", "64")}
+    network = [randn(6, 4) for _ in range(3)]
+    return {
+        "gated_mlp": (
+            lambda impl, *ts: bo.gated_mlp(*ts, activation="silu", impl=impl),
+            t["53"],
+            t["43"],
+            t["43"],
+            t["24"],
+        ),
+        "interaction_matrices": (lambda impl, *ts: bo.interaction_matrices(*ts, impl=impl), t["43"], t["43"], t["24"]),
+        "rank1_linear": (lambda impl, *ts: bo.rank1_linear(*ts, impl=impl), t["53"], t["34"], t["46"], t["54"]),
+        "rank1_accumulate": (lambda impl, *ts: bo.rank1_accumulate(*ts, impl=impl), t["54"], t["34"], t["46"]),
+        "component_gates": (lambda impl, *ts: bo.component_gates(*ts, impl=impl), randn(5, 6), *network, randn(6)),
+        "faithfulness_loss": (lambda impl, *ts: bo.faithfulness_loss(*ts, impl=impl), t["64"], t["43"], randn(3, 6)),
+        "stochastic_mask": (lambda impl, g: bo.stochastic_mask(g, seed=3, impl=impl), torch.rand(5, 6)),
+    }
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+@pytest.mark.parametrize("name", _of_single())
+def test_nothing_depends_on_the_default_dtype(name, impl):
+    f, *tensors = _of_single()[name]
+    trained = [t.requires_grad_() for t in tensors]
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            y = f(impl, *tensors)
+            results.append((y, *torch.autograd.grad(y.square().sum(), trained)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected) and got.dtype == torch.float32

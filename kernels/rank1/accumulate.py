@@ -175,8 +175,8 @@ def _contract(
     tiles_r, tiles_c = triton.cdiv(r, tile.block_m), triton.cdiv(c, tile.block_n)
     span = triton.cdiv(b, max(1, WAVES * config.processors(dw.device) // (tiles_r * tiles_c)))
     spans = triton.cdiv(b, span)
-    sums = torch.empty(spans, r, c, device=dw.device) if summed else None
-    dgates = torch.empty(tiles_r, b, c, device=dw.device) if reduced else None
+    sums = torch.empty(spans, r, c, dtype=torch.float32, device=dw.device) if summed else None
+    dgates = torch.empty(tiles_r, b, c, dtype=torch.float32, device=dw.device) if reduced else None
     accumulate_backward_kernel[(tiles_r * tiles_c, spans)](
         dw, *dw.stride(), factor, *factor.stride(), other, *other.stride(), gates, *gates.stride(), sums, dgates,
         b, r, k, c, span, PRECISION=via.accurate_precision(factor),

@@ -117,7 +117,9 @@ def component_gates_backward(
 
     def run(tile: RowTile) -> list[Tensor | None]:
         tiles_m = triton.cdiv(m, tile.rows)
-        partial = [torch.empty(tiles_m, h, c, device=acts.device) if n else None for n in need_units]
+        partial = [
+            torch.empty(tiles_m, h, c, dtype=torch.float32, device=acts.device) if n else None for n in need_units
+        ]
         if m * c:
             component_gates_backward_kernel[(tiles_m * triton.cdiv(c, tile.columns),)](
                 dlogits, *dlogits.stride(), acts, *acts.stride(), *units, dacts, *partial, m, c, h,

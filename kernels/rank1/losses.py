@@ -41,7 +41,7 @@ def squared_difference(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
 
     def run(tile: Tile) -> Tensor:
         programs = triton.cdiv(o, tile.block_m) * triton.cdiv(i, tile.block_n)
-        partial = torch.empty(programs, device=weight.device)
+        partial = torch.empty(programs, dtype=torch.float32, device=weight.device)
         if programs:
             squared_difference_kernel[(programs,)](
                 weight, *weight.stride(), read, *read.stride(), write, *write.stride(), partial, o, i, c,

@@ -101,7 +101,7 @@ def uniform(
     column_numbers: Tensor | None = None,
 ) -> Tensor:
     """float32 [samples, rows, columns], uniform on the multiples of 2^-24 in [0, 1)."""
-    out = torch.empty(samples, rows, columns, device=seed.device)
+    out = torch.empty(samples, rows, columns, dtype=torch.float32, device=seed.device)
 
     def run(tile: RowTile) -> None:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
