@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import DTYPES, OR_JAGGED, check
-from bilinear_ops._impl import PLAIN
+from bilinear_ops._check import OR_JAGGED, check
+from bilinear_ops._gate import Numbers, check_gate, number_tensors
 from bilinear_ops._sharding import sharded
+from bilinear_ops._small import small_layer
 from bilinear_ops.composite import gated as composite
-from bilinear_ops.composite.limits import limits
-from bilinear_ops.results import ACTIVATIONS, Gate
-
-STRIDED = torch.strided
-NUMBERS = (float, int, torch.SymFloat)
-
-
-class Numbers(NamedTuple):
-    """The run-time numbers of a gate, as callers give them."""
-
-    beta: float | Tensor = 1.0
-    limit: float | Tensor | None = None
-    offset: float | Tensor | None = None
+from bilinear_ops.results import Gate
 
 
 def gated_bilinear(
@@ -70,7 +57,7 @@ def gated_bilinear(
             positive, or a limit or offset that asks for a gradient.
     """
     if impl == "auto":
-        y = _small(x, w, v, None, b_w, b_v, None, activation, beta, limit, offset)
+        y = small_layer(x, w, v, None, b_w, b_v, None, activation, beta, limit, offset)
         if y is not None:
             return y
     return _gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta, limit=limit, offset=offset, impl=impl)
@@ -136,7 +123,7 @@ def gated_mlp(
     if p is None:
         raise TypeError("p must be a torch.Tensor, got NoneType")
     if impl == "auto" and mask is None and not recompute:
-        y = _small(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
+        y = small_layer(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
         if y is not None:
             return y
     return _gated_mlp(
@@ -249,103 +236,6 @@ def _gated(
 
 def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
-
-
-def _small(
-    x: Tensor,
-    w: Tensor,
-    v: Tensor,
-    p: Tensor | None,
-    b_w: Tensor | None,
-    b_v: Tensor | None,
-    b_p: Tensor | None,
-    activation: str,
-    beta: float | Tensor,
-    limit: float | Tensor | None,
-    offset: float | Tensor | None,
-) -> Tensor | None:
-    """The layer by eager PyTorch where that is faster on CPU and nothing sees which: else None.
-
-    Eager PyTorch keeps more, computes less again, and costs less to call. None too for what `check` refuses: these
-    comparisons are its own, for plain tensors alone.
-    """
-    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN and _impl.is_unwatched()):
-        return None
-    if not (x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED) or x.is_nested:
-        return None
-    shape, dtype, d = w.shape, x.dtype, x.shape[-1:]
-    if not (
-        len(shape) == 2
-        and v.shape == shape
-        and d == shape[1:]
-        and x.is_cpu and w.is_cpu and v.is_cpu
-        and dtype in DTYPES
-        and w.dtype is dtype and v.dtype is dtype
-        and x.numel() * shape[0] <= limits.small_on_cpu
-        and (p is None or _is_like(p, dtype) and p.dim() == 2 and p.shape[1] == shape[0])
-        and (b_w is None or _is_like(b_w, dtype) and b_w.shape == shape[:1])
-        and (b_v is None or _is_like(b_v, dtype) and b_v.shape == shape[:1])
-        and (b_p is None or p is not None and _is_like(b_p, dtype) and b_p.shape == p.shape[:1])
-    ):  # fmt: skip
-        return None
-    check_gate(activation, beta, limit, offset, x)
-    a, z = linear(x, w, b_w), linear(x, v, b_v)
-    hid = reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
-    return hid if p is None else linear(hid, p, b_p)
-
-
-def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
-    return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
-
-
-def check_gate(
-    activation: str,
-    beta: float | Tensor,
-    limit: float | Tensor | None,
-    offset: float | Tensor | None,
-    like: Tensor,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation != "swish" and limit is None and offset is None and type(beta) is float and beta == 1.0:
-        return  # as most calls are
-    _check_number("beta", beta, like)
-    if activation != "swish" and (isinstance(beta, Tensor) or beta != 1.0):
-        got = "a tensor" if isinstance(beta, Tensor) else beta
-        raise ValueError(f"beta belongs to activation='swish', got {got} with {activation!r}")
-    for name, number in (("limit", limit), ("offset", offset)):
-        if number is not None:
-            _check_number(name, number, like)
-        if isinstance(number, Tensor) and number.requires_grad:
-            raise ValueError(f"{name} has no gradient, got a tensor that requires one")
-    if limit is not None and activation == "silu_bounded":
-        raise ValueError("limit does not belong to activation='silu_bounded', which has bounds of its own")
-    if limit is not None and not isinstance(limit, Tensor) and not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
-
-
-def _check_number(name: str, number: object, like: Tensor) -> None:
-    if isinstance(number, Tensor):
-        if number.dtype not in DTYPES:
-            raise TypeError(f"{name} must be a floating-point tensor, got {number.dtype}")
-        if number.dim() != 0:
-            raise RuntimeError(f"{name} must be a float or have shape [], got {list(number.shape)}")
-        if number.device != like.device:
-            raise RuntimeError(f"{name} must be on the device of x, {like.device}, got {number.device}")
-    elif not isinstance(number, NUMBERS):
-        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(number).__name__}")
-
-
-def number_tensors(activation: str, numbers: Numbers, like: Tensor) -> tuple[Tensor | None, ...]:
-    """A run-time number enters the op as a tensor: as a float it would recompile a compiled caller for every value.
-
-    The product, unlike `torch.full`, is a form in which torch.compile keeps a float symbolic.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    given = (numbers.beta if activation == "swish" else None, numbers.limit, numbers.offset)
-    return tuple(
-        n if n is None or isinstance(n, Tensor) else torch.ones((), dtype=dtype, device=like.device) * n for n in given
-    )
 
 
 def launchers():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bilinear_ops as bo
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 # torch.compile and export warn about PyTorch's own deprecations

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import gates, testing
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of PyTorch itself

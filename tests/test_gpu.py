@@ -19,7 +19,7 @@ from bench.harness.measuring import check
 from bench.harness.workload import Run, Workload, workloads
 from bench.static import smallest
 from bilinear_ops import reference
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import assert_no_worse, gradients, randn
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bilinear_ops as bo
 from bilinear_ops.composite.limits import limits
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bilinear_ops as bo
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import bilinear_ops as bo
 from bilinear_ops import testing
 from bilinear_ops.composite.limits import limits
-from bilinear_ops.gated import ACTIVATIONS
+from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

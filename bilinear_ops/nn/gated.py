@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bilinear_ops import gates
 from bilinear_ops._check import check_sizes
-from bilinear_ops.gated import check_gate, gate, gated_bilinear, gated_mlp
+from bilinear_ops._gate import check_gate
+from bilinear_ops.gated import gate, gated_bilinear, gated_mlp
 from bilinear_ops.results import Activations
 
 NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, gated
 from bilinear_ops._check import check, check_beside, check_integers, check_reals
+from bilinear_ops._gate import Numbers, check_gate, number_tensors
 
 RULES = ("threshold", "topk", "proportional")
 
@@ -84,9 +85,9 @@ def routed_gated_mlp(
     if route is None:
         raise TypeError("route must be a torch.Tensor, got NoneType")
     check_beside(x, route=(route, (*lead, h)))
-    gated.check_gate(activation, beta, None, None, x)
-    numbers = gated.Numbers(beta)
-    slope, *_ = gated.number_tensors(activation, numbers, x)
+    check_gate(activation, beta, None, None, x)
+    numbers = Numbers(beta)
+    slope, *_ = number_tensors(activation, numbers, x)
     rows, of_rows = x.reshape(lead.numel(), x.shape[-1]), route.expand(*lead, h).reshape(lead.numel(), h)
     y = _Routed.apply(rows, w, v, p, b_w, b_v, b_p, slope, of_rows, activation, _impl.resolve(impl, x))
     return y.view(*lead, p.shape[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, gated, reference
 from bilinear_ops._check import check, check_beside
+from bilinear_ops._gate import Numbers, check_gate, number_tensors
 from bilinear_ops._masks import (
     check_remainder,
     flat_masks,
@@ -147,7 +148,7 @@ def _check(
     )
     if target is not None and target.shape[:-1] != x.shape[:-1]:
         raise RuntimeError(f"target must have shape {[*x.shape[:-1], p.shape[0]]}, got {list(target.shape)}")
-    gated.check_gate(activation, beta, None, None, x)
+    check_gate(activation, beta, None, None, x)
 
 
 def _masked(
@@ -177,7 +178,7 @@ def _masked(
         b_w,
         b_v,
         b_p,
-        gated.number_tensors(activation, gated.Numbers(beta), x)[0],
+        number_tensors(activation, Numbers(beta), x)[0],
     )
     trained = (*tensors, target, masks.gates, masks.source, masks.delta)
     save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
