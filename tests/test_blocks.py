@@ -83,6 +83,7 @@ def analyses():
     yield from bo.analysis.truncation_correlation(x, eig, active, target[:, :2])
     yield bo.analysis.truncation_curve(x, eig, target)
     yield bo.analysis.layer_distance(w, v, p, w + 1, v, p)
+    yield from bo.analysis.best_quadratic(w, v, p, "relu")
 
 
 def test_analyses_over_several_blocks(taken):
@@ -110,6 +111,8 @@ def test_every_loop_takes_several_blocks(taken):
         y.sum().backward()
     moments(double(5, 7))
     list(analyses())
+    w, v = layer()[:2]
+    bo.analysis.best_quadratic(w, v, double(4, 6), "silu", error=0.5)  # what it draws depends on the blocks
     assert len(set(loops())) > 20
     assert {place: taken[place] for place in loops() if taken[place] < 2} == {}
 
@@ -138,8 +141,8 @@ def _is_size(value, least):
     return any(isinstance(n, ast.LShift) for n in nodes) or max(constants) >= least
 
 
-# sizes of no block: climbs, looks, the words of a generator, costs, and a public option of `interaction_eigh`
-OTHER = {"interaction_eigh", "SAMPLES", "SEEDS", "MOST_LOOKS", "GOLDEN", "MIX_1", "MIX_2", "GATHER_COST", "COPY_COST"}
+# sizes of no block: climbs, quadrature, looks, the words of a generator, costs, an option of `interaction_eigh`
+OTHER = set("interaction_eigh SAMPLES SEEDS RESTARTS NODES MOST_LOOKS GOLDEN MIX_1 MIX_2 GATHER_COST COPY_COST".split())
 
 
 def test_sizes_stand_in_the_record_alone():

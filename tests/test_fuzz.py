@@ -190,6 +190,11 @@ def good() -> dict[str, Good]:
         "nn.Rank1Embedding": Good({"vocab": 9, "d": D, "c": C, "weight": randn(9, D)}),
         "nn.Rank1Linear": Good({"d_in": D, "d_out": OUT, "c": C, "weight": randn(OUT, D), "bias": randn(OUT)}),
         "nn.Transcoder": Good({"d_in": D, "d_out": OUT, "c": C, "kind": "topk", "k": 2, "bandwidth": 0.1}),
+        "nn.anneal_beta": Good(
+            {"model": bo.nn.GatedMLP(D, H, activation="swish"), "step": 1, "steps": 9, "fraction": 0.5}
+        ),
+        "nn.bilinearise_": Good({"model": bo.nn.GatedMLP(D, H, activation="swish", beta=0.0)}),
+        "nn.swish_": Good({"model": bo.nn.GatedMLP(D, H, activation="silu")}),
         "nn.route": Good({"gates": gates, "rule": "topk", "threshold": 0.5, "k": 2}),
         "nn.routed_gated_mlp": Good({"x": x, **layer(), **biases(), "route": torch.rand(M, H), **activation}),
         "init.expand_gated_mlp": Good({"layer": bo.nn.GatedMLP(D, H), **expansion}),

@@ -198,7 +198,8 @@ AMD = """
 def test_registers_and_spills_of_amd_are_read():
     sizes = "\n.vgpr_count:     97\n.vgpr_spill_count: 3\n"
     compiled = SimpleNamespace(metadata=SimpleNamespace(num_warps=4), asm={"amdgcn": AMD + sizes})
-    code = sass.read(compiled, "gfx942")
+    code, text = sass.read(compiled, "gfx942")
+    assert text == AMD + sizes
     assert (code.registers, code.spills, code.matrix) == (97, 3, {"v_mfma_f32_32x32x8_bf16": 1})
 
 

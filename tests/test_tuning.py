@@ -318,7 +318,7 @@ def test_candidates_begin_with_the_table(arch, monkeypatch):
     for kernel, record in config.KERNELS.items():
         if "any" in record.tiles:
             found = config.candidates(kernel, arch, half, config.tiles(kernel, arch, half))
-            assert len(found) > 1 and config.LIBRARY not in found
+            assert len(found) > 1 and (config.LIBRARY in found) == kernel.startswith("accumulate")
 
 
 def test_the_clock_itself(monkeypatch):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bilinear_ops._check import check_integers, check_reals
 from bilinear_ops.nn.gated import GatedBilinear, GatedMLP
 
 
@@ -35,6 +36,7 @@ class Swish(nn.Module):
 
 def layers(model: nn.Module) -> list[GatedBilinear | GatedMLP]:
     """The gated layers of a model, itself included, each once."""
+    _check_module(model)
     return [m for m in model.modules() if isinstance(m, GatedBilinear | GatedMLP)]
 
 
@@ -45,6 +47,7 @@ def swish_(model: nn.Module) -> nn.Module:
         the model.
 
     Raises:
+        TypeError: a model that is no module.
         ValueError: a model without a gated layer of activation silu or swish.
     """
     found = [m for m in layers(model) if m.activation in ("silu", "swish")]
@@ -57,11 +60,18 @@ def swish_(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+
+
 def slope(step: int, steps: int, fraction: float = 0.3) -> float:
     """max(0, 1 - step / (fraction steps)): beta at a step of a training of `steps` ([P] H: the first 30 %).
 
     Raises ValueError for a negative step, steps below 1, or a fraction outside (0, 1].
     """
+    check_integers(step=step, steps=steps)
+    check_reals(fraction=fraction)
     if step < 0 or steps < 1:
         raise ValueError(f"step must be at least 0 and steps at least 1, got {step} and {steps}")
     if not 0 < fraction <= 1:
@@ -86,8 +96,10 @@ def anneal_beta(model: nn.Module, step: int, steps: int, fraction: float = 0.3) 
         the slope.
 
     Raises:
+        TypeError: a model that is no module, or numbers of another type.
         ValueError: a model without a swish, a slope that is a Parameter, or numbers that are no schedule.
     """
+    _check_module(model)
     beta = slope(step, steps, fraction)
     found = [m.beta for m in model.modules() if isinstance(m, GatedBilinear | GatedMLP | Swish) and m.beta is not None]
     if not found:
@@ -111,6 +123,7 @@ def bilinearise_(model: nn.Module) -> nn.Module:
         the model.
 
     Raises:
+        TypeError: a model that is no module.
         ValueError: a model without gated layers, a layer that is not bilinear at its slope, or a weight that is
             parametrised or that another module of the model uses too. Nothing has changed then.
     """
