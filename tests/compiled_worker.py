@@ -241,7 +241,7 @@ def fusions() -> dict[str, dict[str, int]]:
             for call in calls:
                 call()
         for made in launches:
-            histogram = sass.read(made.kernel, "sm_90").histogram
+            histogram = sass.read(made.kernel, "sm_90")[0].histogram
             found.setdefault(made.name, {})["allowed" if allowed else "launched"] = histogram.get("FFMA", 0)
     return found
 
