@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.composite.gated import row_blocks
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
@@ -257,3 +258,12 @@ def test_small_layers_on_cpu_are_eager(monkeypatch):
     monkeypatch.setattr(limits, "small_on_cpu", 9 * 8 * 12 - 1)
     bo.gated_mlp(*tensors)
     assert len(calls) == 3
+
+
+def test_no_block_of_a_few_rows_is_left_over(monkeypatch):
+    """The library's product of two rows sums less accurately: an error of dx 3.7 times that of eager PyTorch."""
+    monkeypatch.setattr(limits, "gradient_bytes", 1)
+    monkeypatch.setattr(limits, "gradient_rows", 341)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    heights = [rows.stop - rows.start for rows in row_blocks(torch.empty(2048, 3), 5)]
+    assert len(heights) == 7 and sum(heights) == 2048 and min(heights) >= 290

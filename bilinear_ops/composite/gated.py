@@ -5,6 +5,7 @@ Same two functions, same signatures, as `bilinear_ops.kernels.gated`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -37,13 +38,14 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 def row_blocks(x: Tensor, h: int) -> list[slice]:
     """Rows of x for which the backward is computed at a time; on CPU few, so that its temporaries stay small.
 
-    All in half precision: there every block would round the sums over rows once more.
+    All in half precision: there every block would round the sums over rows once more. Blocks have
+    nearly one height: the library's product of a few rows that are left over sums less accurately.
     """
     m = x.shape[0]
     rows = max(limits.gradient_bytes // max(2 * h * x.itemsize, 1), limits.gradient_rows) * torch.get_num_threads()
     if m <= rows or x.itemsize < 4 or x.device.type != "cpu":
         return [slice(0, m)]
-    return [slice(a, b) for a, b in blocks(m, 1, rows)]
+    return [slice(a, b) for a, b in blocks(m, 1, math.ceil(m / math.ceil(m / rows)))]
 
 
 def gate_forward(
