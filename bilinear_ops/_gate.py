@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilinear_ops._check import DTYPES
+from bilinear_ops._check import DTYPES, check
 from bilinear_ops.results import ACTIVATIONS
 
 NUMBERS = (float, int, torch.SymFloat)
@@ -19,6 +19,32 @@ class Numbers(NamedTuple):
     beta: float | Tensor = 1.0
     limit: float | Tensor | None = None
     offset: float | Tensor | None = None
+
+
+def check_mlp(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    activation: str,
+    beta: float | Tensor,
+    **others: Any,
+) -> None:
+    """The checks of a gated MLP without limit and offset; `others` are further arguments of `check`."""
+    check(
+        x=(x, "... d"),
+        w=(w, "h d"),
+        v=(v, "h d"),
+        p=(p, "o h"),
+        b_w=(b_w, "? h"),
+        b_v=(b_v, "? h"),
+        b_p=(b_p, "? o"),
+        **others,
+    )
+    check_gate(activation, beta, None, None, x)
 
 
 def check_gate(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilinear_ops import _impl, _op, gated
 from bilinear_ops._check import check, check_beside, check_integers, check_reals
-from bilinear_ops._gate import Numbers, check_gate, number_tensors
+from bilinear_ops._gate import Numbers, check_mlp, number_tensors
 
 RULES = ("threshold", "topk", "proportional")
 
@@ -72,22 +72,12 @@ def routed_gated_mlp(
         as `gated_mlp`.
     """
     x, w, v, p, b_w, b_v, b_p = _op.autocast(x, w, v, p, b_w, b_v, b_p)
-    check(
-        x=(x, "... d"),
-        w=(w, "h d"),
-        v=(v, "h d"),
-        p=(p, "o h"),
-        b_w=(b_w, "? h"),
-        b_v=(b_v, "? h"),
-        b_p=(b_p, "? o"),
-    )
+    check_mlp(x, w, v, p, b_w, b_v, b_p, activation, beta)
     lead, h = x.shape[:-1], w.shape[0]
     if route is None:
         raise TypeError("route must be a torch.Tensor, got NoneType")
     check_beside(x, route=(route, (*lead, h)))
-    check_gate(activation, beta, None, None, x)
-    numbers = Numbers(beta)
-    slope, *_ = number_tensors(activation, numbers, x)
+    slope, *_ = number_tensors(activation, Numbers(beta), x)
     rows, of_rows = x.reshape(lead.numel(), x.shape[-1]), route.expand(*lead, h).reshape(lead.numel(), h)
     y = _Routed.apply(rows, w, v, p, b_w, b_v, b_p, slope, of_rows, activation, _impl.resolve(impl, x))
     return y.view(*lead, p.shape[0])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bilinear_ops import _impl, _op, gated, reference
-from bilinear_ops._check import check, check_beside
-from bilinear_ops._gate import Numbers, check_gate, number_tensors
+from bilinear_ops._check import check_beside
+from bilinear_ops._gate import Numbers, check_mlp, number_tensors
 from bilinear_ops._masks import (
     check_remainder,
     flat_masks,
@@ -83,7 +83,9 @@ def stochastic_gated_mlp(
             a beta without swish.
     """
     x, w, v, p, b_w, b_v, b_p, target = _op.autocast(x, w, v, p, b_w, b_v, b_p, target)
-    _check(x, w, v, p, b_w, b_v, b_p, target, activation, beta)
+    check_mlp(x, w, v, p, b_w, b_v, b_p, activation, beta, target=(target, "? ... o"))
+    if target is not None and target.shape[:-1] != x.shape[:-1]:
+        raise RuntimeError(f"target must have shape {[*x.shape[:-1], p.shape[0]]}, got {list(target.shape)}")
     check_remainder(x, delta, routing, target=target)
     masks = stochastic_masks(
         x, gates, (*x.shape[:-1], w.shape[0]), samples=samples, seed=seed, sampling=sampling, delta=delta,
@@ -115,40 +117,13 @@ def masked_gated_mlp(
     impl: str,
 ) -> Tensor:
     """`gated_mlp` under a given mask."""
-    _check(x, w, v, p, b_w, b_v, b_p, None, activation, beta)
+    check_mlp(x, w, v, p, b_w, b_v, b_p, activation, beta)
     check_beside(x, mask=(mask, (*x.shape[:-1], w.shape[0])))
     impl = _impl.resolve(impl, x)
     if _impl.needs_reference():
         return reference.gated_mlp(x, w, v, p, b_w, b_v, b_p, activation=activation, beta=beta, mask=mask)
     masks = Masks(mask, None, None, None, None, None, None, stream=0, samples=1, sampling="given")
     return _masked(x, w, v, p, b_w, b_v, b_p, None, activation, beta, masks, recompute, impl)[0]
-
-
-def _check(
-    x: Tensor,
-    w: Tensor,
-    v: Tensor,
-    p: Tensor,
-    b_w: Tensor | None,
-    b_v: Tensor | None,
-    b_p: Tensor | None,
-    target: Tensor | None,
-    activation: str,
-    beta: float | Tensor,
-) -> None:
-    check(
-        x=(x, "... d"),
-        w=(w, "h d"),
-        v=(v, "h d"),
-        p=(p, "o h"),
-        b_w=(b_w, "? h"),
-        b_v=(b_v, "? h"),
-        b_p=(b_p, "? o"),
-        target=(target, "? ... o"),
-    )
-    if target is not None and target.shape[:-1] != x.shape[:-1]:
-        raise RuntimeError(f"target must have shape {[*x.shape[:-1], p.shape[0]]}, got {list(target.shape)}")
-    check_gate(activation, beta, None, None, x)
 
 
 def _masked(
