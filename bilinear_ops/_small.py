@@ -1,4 +1,4 @@
-"""Small gated layers on CPU, where a call costs more than its arithmetic."""
+"""Small layers on CPU, where calls cost more than arithmetic, by eager PyTorch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from bilinear_ops._check import DTYPES
 from bilinear_ops._gate import check_gate
 from bilinear_ops._impl import PLAIN
 from bilinear_ops.composite.limits import limits
+from bilinear_ops.composite.rank1.masks import blend, mask_site, uniform
+from bilinear_ops.reference.rank1.masked import apply
+from bilinear_ops.results import Masks
 
 STRIDED = torch.strided
 
@@ -60,3 +63,29 @@ def small_layer(
 
 def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
     return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
+
+
+def small_drawn_layer(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    acts: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    masks: Masks,
+) -> Tensor:
+    """A small layer under masks that are kept for backward, by eager PyTorch: calls cost more than arithmetic there."""
+    assert masks.seed is not None
+    x, c = x.reshape(x.shape[:-1].numel(), x.shape[-1]), read.shape[1]
+    numbers = masks.row_numbers, masks.column_numbers
+    draws = uniform(masks.seed, mask_site(masks.stream), masks.samples, x.shape[0], c, *numbers)
+    gates, delta = masks.gates, masks.delta
+    if masks.samples == 1:  # without a dimension that every gradient would be summed over
+        draws, delta = draws[0], None if delta is None else delta[0]
+    if gates.shape[0] not in (1, x.shape[0]):
+        gates = gates.repeat(x.shape[0] // gates.shape[0], 1)
+    mask = torch.where(draws >= 0.5, 1, gates) if masks.sampling == "binomial" else blend(gates, draws)
+    inner = x @ read
+    acts = inner if acts is None else acts.reshape(inner.shape)
+    original = None if weight is None else x @ weight.mT
+    return apply(acts, write, mask, bias, original, delta, masks.routing, inner)

@@ -19,11 +19,9 @@ from bilinear_ops._masks import (
     write_remainder,
 )
 from bilinear_ops._sharding import sharded
+from bilinear_ops._small import small_drawn_layer
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import masked as composite
-from bilinear_ops.composite.rank1 import masks as composite_masks
-from bilinear_ops.composite.rank1.masks import blend
-from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
 
 # A branch without a kernel.
@@ -211,40 +209,12 @@ def _masked(
         x = x if weight is not None else x.detach()
     small = impl == "torch" and x.is_cpu and masks.seed is not None and _impl.is_unwatched()
     if small and masks.samples * tokens * c <= limits.kept_masks:
-        return _drawn_once(x, read, write, acts, weight, bias, masks).view(masks.samples, *lead, write.shape[1])
+        return small_drawn_layer(x, read, write, acts, weight, bias, masks).view(masks.samples, *lead, write.shape[1])
     x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
     tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)
     save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
     y, _ = rank1_op(x, read, write, acts, weight, bias, *masks, save, impl)
     return y.view(masks.samples, *lead, write.shape[1])
-
-
-def _drawn_once(
-    x: Tensor,
-    read: Tensor,
-    write: Tensor,
-    acts: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    masks: Masks,
-) -> Tensor:
-    """A small layer under masks that are kept for backward, by eager PyTorch: calls cost more than arithmetic there."""
-    assert masks.seed is not None
-    x, c = x.reshape(x.shape[:-1].numel(), x.shape[-1]), read.shape[1]
-    numbers = masks.row_numbers, masks.column_numbers
-    draws = composite_masks.uniform(
-        masks.seed, composite_masks.mask_site(masks.stream), masks.samples, x.shape[0], c, *numbers
-    )
-    gates, delta = masks.gates, masks.delta
-    if masks.samples == 1:  # without a dimension that every gradient would be summed over
-        draws, delta = draws[0], None if delta is None else delta[0]
-    if gates.shape[0] not in (1, x.shape[0]):
-        gates = gates.repeat(x.shape[0] // gates.shape[0], 1)
-    mask = torch.where(draws >= 0.5, 1, gates) if masks.sampling == "binomial" else blend(gates, draws)
-    inner = x @ read
-    acts = inner if acts is None else acts.reshape(inner.shape)
-    original = None if weight is None else x @ weight.mT
-    return apply(acts, write, mask, bias, original, delta, masks.routing, inner)
 
 
 @_op.without_autocast
