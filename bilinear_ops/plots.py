@@ -8,19 +8,27 @@ without it.
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
 import math
-import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilinear_ops._check import check, check_beside, check_integers, check_shape, check_values, is_integer
+from bilinear_ops._check import check, check_beside, check_integers, check_shape, check_values
+from bilinear_ops._figures import (
+    LINES,
+    MAGNITUDE,
+    SIGNED,
+    Figure,
+    Labels,
+    array,
+    check_names,
+    draw_lines,
+    empty_figure,
+    ink,
+    signed_image,
+)
 from bilinear_ops.analysis.clusters import interaction_clusters
 from bilinear_ops.analysis.eigen.spectra import EigenPairs
 from bilinear_ops.analysis.explanation import explain
@@ -39,13 +47,6 @@ __all__ = [
     "truncation",
 ]
 
-Figure = Any  # matplotlib.figure.Figure, imported at the first call
-Labels = Sequence[str | int]
-
-SIGNED = "RdBu"
-MAGNITUDE = "cividis"
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-MARKERS = "osD^v<>"
 LABELLED = 40  # the most rows of a heat map whose names can be read
 
 cluster = interaction_clusters  # former name
@@ -64,10 +65,10 @@ def spectrum(values: Tensor, *, labels: Labels | None = None) -> Figure:
         ValueError: a wrong number of labels.
     """
     sizes = check(values=(values, "K n"))
-    figure = _figure(6, 3.6)
+    figure = empty_figure(6, 3.6)
     axes = figure.subplots()
     axes.axhline(0, color="0.6", linewidth=0.8)
-    _lines(axes, values.sort(dim=1, descending=True).values, _names(labels, sizes["K"]))
+    draw_lines(axes, values.sort(dim=1, descending=True).values, check_names(labels, sizes["K"]))
     axes.set(xlabel="eigenvector, from the most positive to the most negative", ylabel="eigenvalue")
     return figure
 
@@ -99,12 +100,12 @@ def eigenvectors(
     if sizes["d"] != math.prod(shape):
         expected = f"[K, n, {math.prod(shape)}] for images of {shape[0]} x {shape[1]}"
         raise RuntimeError(f"vectors must have shape {expected}, got {list(vectors.shape)}")
-    names = _names(labels, rows)
-    figure = _figure(0.9 * columns + 0.5, (0.9 if values is None else 1.1) * rows + 0.1)
+    names = check_names(labels, rows)
+    figure = empty_figure(0.9 * columns + 0.5, (0.9 if values is None else 1.1) * rows + 0.1)
     grid = figure.subplots(rows, columns, squeeze=False)
     for k, i in itertools.product(range(rows), range(columns)):
         axes = grid[k, i]
-        _signed_image(axes, vectors[k, i].reshape(shape))
+        signed_image(axes, vectors[k, i].reshape(shape))
         axes.set(xticks=[], yticks=[])
         if values is not None:
             axes.set_title(f"{values[k, i].item():+.2f}", fontsize=7, pad=2)
@@ -149,23 +150,23 @@ def explanation(
     terms = eigen_form(x, pairs.values, pairs.vectors, reduce="none")
     order = terms.abs().argsort(dim=1, descending=True, stable=True)[:, :n]
     rows = len(contributions)
-    names = _names(labels, rows)
-    figure = _figure(0.9 * n + 3.2, 1.1 * (rows + 1))
+    names = check_names(labels, rows)
+    figure = empty_figure(0.9 * n + 3.2, 1.1 * (rows + 1))
     grid = figure.subplots(rows + 1, n + 1, squeeze=False, width_ratios=[1] * n + [2.2])
     for axes in grid[:, :n].flat:
         axes.set(xticks=[], yticks=[])
     for axes in grid[0, 1:]:
         axes.set_axis_off()
-    _signed_image(grid[0, 0], x.reshape(shape))
+    signed_image(grid[0, 0], x.reshape(shape))
     grid[0, 0].set_title("input", fontsize=7, pad=2)
     for k in range(rows):
         for i in range(n):
-            _signed_image(grid[k + 1, i], pairs.vectors[k, order[k, i]].reshape(shape))
+            signed_image(grid[k + 1, i], pairs.vectors[k, order[k, i]].reshape(shape))
             grid[k + 1, i].set_title(f"{contributions[k, i].item():+.2f}", fontsize=7, pad=2)
         bars = torch.cat([contributions[k], remainder[k, None], (contributions[k].sum() + remainder[k])[None]])
         colours = [LINES[0] if bar >= 0 else LINES[1] for bar in bars[:n]] + ["0.6", "black"]
         axes = grid[k + 1, n]
-        axes.bar(range(n + 2), _array(bars), color=colours)
+        axes.bar(range(n + 2), array(bars), color=colours)
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xticks(range(n + 2), [*map(str, range(1, n + 1)), "rest", "sum"], fontsize=6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -201,18 +202,18 @@ def eigenplane(
     check_values(points=points)
     if sizes["two"] != 2:
         raise RuntimeError(f"vectors must have shape [2, d], got {list(vectors.shape)}")
-    names = _names(labels, sizes["N"])
+    names = check_names(labels, sizes["N"])
     places = (points @ vectors.t()).double()
     limit = 1.15 * max(places.detach().nan_to_num(0, 0, 0).abs().amax().item() if len(places) else 0.0, 1e-9)
     line = torch.linspace(-limit, limit, 101, dtype=torch.float64, device=points.device)
     heights = values[0].double() * line.square() + values[1].double() * line.square()[:, None]
-    figure = _figure(5.4, 4.6)
+    figure = empty_figure(5.4, 4.6)
     axes = figure.subplots()
     shade = heights.abs().max().item() or 1.0
     extent = (-limit, limit, -limit, limit)
-    image = axes.imshow(_array(heights), cmap=SIGNED, vmin=-shade, vmax=shade, extent=extent, origin="lower", alpha=0.5)
+    image = axes.imshow(array(heights), cmap=SIGNED, vmin=-shade, vmax=shade, extent=extent, origin="lower", alpha=0.5)
     figure.colorbar(image, label="contribution", shrink=0.8)
-    axes.scatter(*_array(places.t()), s=12, color="black")
+    axes.scatter(*array(places.t()), s=12, color="black")
     for name, (a, b) in zip(names, places.tolist(), strict=False):
         axes.annotate(name, (a, b), xytext=(3, 3), textcoords="offset points", fontsize=7)
     axes.set(
@@ -237,9 +238,9 @@ def scatter(x: Tensor, y: Tensor, *, xlabel: str = "", ylabel: str = "") -> Figu
     check_values(x=x)
     a, b = (t.detach().double() - t.detach().double().mean() for t in (x, y))
     correlation = ((a * b).sum() / (a.norm() * b.norm())).item()
-    figure = _figure(4.4, 4)
+    figure = empty_figure(4.4, 4)
     axes = figure.subplots()
-    axes.scatter(_array(x), _array(y), s=6, color=LINES[0], alpha=0.5, linewidths=0)
+    axes.scatter(array(x), array(y), s=6, color=LINES[0], alpha=0.5, linewidths=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=f"correlation {correlation:.2f}")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -268,18 +269,18 @@ def distribution(values: Tensor, *, labels: Labels | None = None, bins: int = 40
         raise ValueError(f"bins must be at least 1, got {bins}")
     if values.isinf().any():
         raise ValueError("values must not be infinite to be counted in bins")
-    names = _names(labels, sizes["M"])
+    names = check_names(labels, sizes["M"])
     values = values.detach().double().cpu()
     known = values[~values.isnan()]
     low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 1.0)
     edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
-    figure = _figure(6, 3.6)
+    figure = empty_figure(6, 3.6)
     axes = figure.subplots()
     for m, sample in enumerate(values):
         counted = torch.histogram(sample[~sample.isnan()], edges).hist
         shares = counted / counted.sum().clamp_min(1)
         name = names[m] if names else None
-        axes.stairs(_array(shares), _array(edges), label=name, color=LINES[m % len(LINES)], linewidth=1.4)
+        axes.stairs(array(shares), array(edges), label=name, color=LINES[m % len(LINES)], linewidth=1.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel=xlabel, ylabel="share")
     if names:
@@ -302,15 +303,15 @@ def interactions(q: Tensor, *, labels: Labels | None = None, clusters: int | Non
         ValueError: a wrong number of labels, or clusters not from 1 to F.
     """
     size = check(q=(q, "F F"))["F"]
-    names = _names(labels, size)
+    names = check_names(labels, size)
     order, edges = list(range(size)), list[int]()
     if clusters is not None:
         groups = interaction_clusters(q, clusters)
         order = [i for group in groups for i in group]
         edges = list(itertools.accumulate(len(group) for group in groups[:-1]))
-    figure = _figure(5.6, 4.8)
+    figure = empty_figure(5.6, 4.8)
     axes = figure.subplots()
-    figure.colorbar(_signed_image(axes, q[order][:, order]), shrink=0.8)
+    figure.colorbar(signed_image(axes, q[order][:, order]), shrink=0.8)
     for edge in edges:
         axes.axhline(edge - 0.5, color="black", linewidth=0.8)
         axes.axvline(edge - 0.5, color="black", linewidth=0.8)
@@ -345,9 +346,9 @@ def truncation(
         scores = scores[None]
     sizes = check(scores=(scores, "M n"))
     check_beside(scores, full=(full, (sizes["M"],)))
-    figure = _figure(6, 3.6)
+    figure = empty_figure(6, 3.6)
     axes = figure.subplots()
-    lines = _lines(axes, scores, _names(labels, sizes["M"]))
+    lines = draw_lines(axes, scores, check_names(labels, sizes["M"]))
     if full is not None:
         for line, level in zip(lines, full.expand(sizes["M"]).tolist(), strict=True):
             axes.axhline(level, color=line.get_color(), linewidth=0.8, linestyle="--")
@@ -367,74 +368,12 @@ def similarity(first: Tensor, second: Tensor) -> Figure:
     """
     sizes = check(first=(first, "K n d"), second=(second, "K m d"))
     cosines = (normalize(first, dim=2) @ normalize(second, dim=2).mT).abs().mean(0)
-    figure = _figure(0.5 * sizes["m"] + 2.2, 0.5 * sizes["n"] + 1)
+    figure = empty_figure(0.5 * sizes["m"] + 2.2, 0.5 * sizes["n"] + 1)
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(_array(cosines), cmap=MAGNITUDE, vmin=0, vmax=1), label="mean |cos|")
+    figure.colorbar(axes.imshow(array(cosines), cmap=MAGNITUDE, vmin=0, vmax=1), label="mean |cos|")
     for (i, j), cosine in zip(itertools.product(range(sizes["n"]), range(sizes["m"])), cosines.flatten(), strict=True):
-        axes.text(j, i, f"{cosine.item():.2f}", ha="center", va="center", fontsize=7, color=_ink(cosine))
+        axes.text(j, i, f"{cosine.item():.2f}", ha="center", va="center", fontsize=7, color=ink(cosine))
     axes.set_xticks(range(sizes["m"]), range(1, sizes["m"] + 1))
     axes.set_yticks(range(sizes["n"]), range(1, sizes["n"] + 1))
     axes.set(xlabel="eigenvector of the second run", ylabel="eigenvector of the first")
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of the given size in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("bilinear_ops.plots needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    """What a notebook asks for: matplotlib's figures show themselves only if pyplot has made them."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
-
-
-def _signed_image(axes: Any, image: Tensor) -> Any:
-    limit = image.abs().max().item() or 1.0  # matplotlib needs a non-empty range for an image of zeros
-    return axes.imshow(_array(image), cmap=SIGNED, vmin=-limit, vmax=limit)
-
-
-def _lines(axes: Any, curves: Tensor, names: Sequence[str]) -> list[Any]:
-    """One line for each row of `[M, n]` over 1 to n, by colour and marker, with a legend if there are names."""
-    lines = []
-    for m, curve in enumerate(curves):
-        style = {"color": LINES[m % len(LINES)], "marker": MARKERS[m // len(LINES) % len(MARKERS)]}
-        name = names[m] if names else None
-        lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=3, linewidth=1.2, **style)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if names:
-        axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
-    return lines
-
-
-def _names(labels: Labels | None, count: int) -> list[str]:
-    if labels is None:
-        return []
-    if not isinstance(labels, Iterable):
-        raise TypeError(f"labels must be strings or integers, got {type(labels).__name__}")
-    names = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    for name in names:
-        if not isinstance(name, str) and not is_integer(name):
-            raise TypeError(f"labels must be strings or integers, got {type(name).__name__}")
-    if len(names) != count:
-        raise ValueError(f"labels must be {count} names, got {len(names)}")
-    return [name if isinstance(name, str) else str(operator.index(name)) for name in names]
-
-
-def _ink(level: Tensor) -> str:
-    """The text colour on a level of the magnitude map, which is dark below one half."""
-    return "white" if level < 0.5 else "black"
-
-
-def _array(t: Tensor) -> Any:
-    """A NumPy array; matplotlib accepts neither devices, gradients nor bfloat16."""
-    check_values(values=t)
-    return t.detach().double().cpu().numpy()

@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("bilinear_ops/integrations/*.py",),
         ("tests/test_integrations*.py", "tests/test_distributed.py"),
     ),
-    "plots": (("bilinear_ops/plots.py",), ("tests/test_plots.py",)),
+    "plots": (("bilinear_ops/plots.py", "bilinear_ops/_figures.py"), ("tests/test_plots.py",)),
     "command": (
         ("bilinear_ops/demo.py", "bilinear_ops/environment.py", "bilinear_ops/tuning.py", "bilinear_ops/__main__.py"),
         ("tests/test_cli.py", "tests/test_tuning.py"),
@@ -104,11 +104,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         'linear = nn.Linear(1, 2, bias=False, device="meta")',
     ): "a placeholder, whose weight is replaced",
     (
-        "bilinear_ops/plots.py",
-        "lines += axes.plot(range(1, len(curve) + 1), _array(curve), label=name, markersize=4, linewidth=1.2, **style)",
+        "bilinear_ops/_figures.py",
+        "lines += axes.plot(range(1, len(curve) + 1), array(curve), label=name, markersize=4, linewidth=1.2, **style)",
     ): "the size of a marker is a matter of taste",
     (
-        "bilinear_ops/plots.py",
+        "bilinear_ops/_figures.py",
         "axes.legend(frameon=False, fontsize=9, ncols=1 + len(lines) // 8)",
     ): "the size of letters is a matter of taste",
     (

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     },
     "testing": {"torch", "bilinear_ops.reference"},
 }
-ABOVE = {"__init__", "__main__", "demo", "environment", "integrations", "plots"}  # anything but kernels
+ABOVE = {"__init__", "__main__", "_figures", "demo", "environment", "integrations", "plots"}  # anything but kernels
 LAZY = {"triton", "bilinear_ops.kernels", "numpy", "mlxtend", "matplotlib", "tqdm", "transformers"}  # in functions only
 
 
