@@ -142,7 +142,7 @@ def test_the_table_of_activations():
     """Every activation of the library is ours in values and gradients, or unknown to us."""
     from transformers.activations import ACT2FN
 
-    from bilinear_ops.integrations.gate_forms import activation_of
+    from bilinear_ops.integrations.gate_expressions import activation_of
 
     known = []
     for name in ACT2FN:

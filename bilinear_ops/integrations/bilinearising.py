@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bilinear_ops.integrations import gate_forms
-from bilinear_ops.integrations.gate_forms import Form, NotAGate, activation_of, has_experts, linear_names
+from bilinear_ops.integrations.gate_expressions import NotAGate, activation_of
+from bilinear_ops.integrations.gate_forms import Form, has_experts, linear_names
 from bilinear_ops.integrations.patches import prove_again
 from bilinear_ops.nn.annealing import Swish, anneal_beta, halve_, slope
 

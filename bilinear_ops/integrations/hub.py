@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilinear_ops.integrations.gate_forms import NotAGate, linear_names, own_class
+from bilinear_ops.integrations.gate_expressions import NotAGate
+from bilinear_ops.integrations.gate_forms import linear_names, own_class
 from bilinear_ops.integrations.patches import STATE, How, check_own_forward, holds, prove, run
 from bilinear_ops.integrations.transformers import Entry, Report
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bilinear_ops.gated import gate, gated_mlp
 from bilinear_ops.integrations import gate_forms
-from bilinear_ops.integrations.gate_forms import Form, NotAGate, has_experts, is_untouched
+from bilinear_ops.integrations.gate_expressions import NotAGate, is_untouched
+from bilinear_ops.integrations.gate_forms import Form, has_experts
 from bilinear_ops.results import Activations
 
 STATE = "_bilinear_ops"  # of a patched module: its How

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bilinear_ops.gated import gate
 from bilinear_ops.integrations.bilinearising import Bilinearisation, bilinearise
-from bilinear_ops.integrations.gate_forms import MLPS, NotAGate, has_experts, linear_names, own_class
+from bilinear_ops.integrations.gate_expressions import NotAGate
+from bilinear_ops.integrations.gate_forms import MLPS, has_experts, linear_names, own_class
 from bilinear_ops.integrations.patches import READ, STATE, check_own_forward, holds, prove, run
 from bilinear_ops.integrations.reading import read
 from bilinear_ops.integrations.weights import GatedWeights, gated_weights

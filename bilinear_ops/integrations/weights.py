@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_ops.integrations import gate_forms
-from bilinear_ops.integrations.gate_forms import NotAGate, linear_names
+from bilinear_ops.integrations.gate_expressions import NotAGate
+from bilinear_ops.integrations.gate_forms import linear_names
 
 
 class GatedWeights(NamedTuple):
