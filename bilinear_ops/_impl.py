@@ -16,12 +16,9 @@ TRANSFORMS = "torch.func transforms, forward-mode AD and torch.jit.trace take th
 WRAPPERS = "jagged tensors and other wrappers take PyTorch's ops"
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
-# The dispatch keys that are switched on where nothing watches: no mode, transform or trace; under inference one fewer.
-_EAGER = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_included = torch._C._dispatch_tls_local_include_set
+_has_dispatch_mode = torch._C._len_torch_dispatch_stack
 _has_function_mode = torch._C._is_torch_function_mode_enabled
 _has_autocast = torch._C._is_any_autocast_enabled
-UNWATCHED = frozenset((_EAGER.raw_repr(), _EAGER.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()))
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -81,17 +78,12 @@ def needs_reference() -> bool:
 
 
 def is_unwatched() -> bool:
-    """Whether no mode, transform, trace or autocast sees or rewrites the calls that follow.
+    """Whether no compiler, mode or autocast sees or rewrites the calls that follow.
 
     Only then may a small call leave its op for eager PyTorch: whatever is done with a call, small and large are alike.
+    Where `needs_reference` holds they are alike without it: the reference is eager PyTorch at every size.
     """
-    return (
-        not is_compiling()
-        and _included().raw_repr() in UNWATCHED
-        and not _has_function_mode()
-        and not _has_autocast()
-        and forward_ad._current_level < 0
-    )
+    return not (is_compiling() or _has_dispatch_mode() or _has_function_mode() or _has_autocast())
 
 
 def needs_formula(*tensors: Tensor | None, impl: str) -> bool:

@@ -12,10 +12,12 @@ from bilinear_ops._gate import check_gate
 from bilinear_ops._impl import PLAIN
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1.masks import blend, mask_site, uniform
+from bilinear_ops.reference.gated import activate
 from bilinear_ops.reference.rank1.masked import apply
-from bilinear_ops.results import Masks
+from bilinear_ops.results import ACTIVATIONS, Masks
 
 STRIDED = torch.strided
+PRODUCTS = frozenset(ACTIVATIONS) - {"swish", "silu_bounded"}  # a * act(z) without numbers is all of the gate
 
 
 def small_layer(
@@ -40,24 +42,34 @@ def small_layer(
         return None
     if not (x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED) or x.is_nested:
         return None
-    shape, dtype, d = w.shape, x.dtype, x.shape[-1:]
+    rows, shape, dtype = x.shape, w.shape, x.dtype
     if not (
         len(shape) == 2
         and v.shape == shape
-        and d == shape[1:]
+        and rows and rows[-1] == shape[1]
         and x.is_cpu and w.is_cpu and v.is_cpu
         and dtype in DTYPES
         and w.dtype is dtype and v.dtype is dtype
         and x.numel() * shape[0] <= limits.small_on_cpu
-        and (p is None or _is_like(p, dtype) and p.dim() == 2 and p.shape[1] == shape[0])
         and (b_w is None or _is_like(b_w, dtype) and b_w.shape == shape[:1])
         and (b_v is None or _is_like(b_v, dtype) and b_v.shape == shape[:1])
-        and (b_p is None or p is not None and _is_like(b_p, dtype) and b_p.shape == p.shape[:1])
     ):  # fmt: skip
         return None
-    check_gate(activation, beta, limit, offset, x)
-    a, z = linear(x, w, b_w), linear(x, v, b_v)
-    hid = reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
+    if p is not None:
+        # spelled out: a call costs as much as several of these checks
+        if not (type(p) in PLAIN and p.layout is STRIDED and p.is_cpu and p.dtype is dtype):
+            return None
+        down = p.shape
+        if len(down) != 2 or down[1] != shape[0]:
+            return None
+        if not (b_p is None or _is_like(b_p, dtype) and b_p.shape == down[:1]):
+            return None
+    if limit is None and offset is None and activation in PRODUCTS and type(beta) is float and beta == 1.0:
+        hid = linear(x, w, b_w) * activate(linear(x, v, b_v), activation)
+    else:
+        check_gate(activation, beta, limit, offset, x)
+        a, z = linear(x, w, b_w), linear(x, v, b_v)
+        hid = reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
     return hid if p is None else linear(hid, p, b_p)
 
 
