@@ -142,7 +142,9 @@ def _is_size(value, least):
 
 
 # sizes of no block: climbs, quadrature, looks, the words of a generator, costs, an option of `interaction_eigh`
-OTHER = set("interaction_eigh SAMPLES SEEDS RESTARTS NODES MOST_LOOKS GOLDEN MIX_1 MIX_2 GATHER_COST COPY_COST".split())
+OTHER = set(
+    "interaction_eigh SAMPLES SEEDS RESTARTS NODES MOST_LOOKS GOLDEN MIX_1 MIX_2 UPPER GATHER_COST COPY_COST".split()
+)
 
 
 def test_sizes_stand_in_the_record_alone():

@@ -117,7 +117,7 @@ def test_no_wrap_in_far_rows(row):
     tile_at[(1,)](seed, out, row, column)
     assert out.tolist() == expected
     state = reference.rank1.masks.sample_states(seed, 4, 2)[1]
-    ((rows, u),) = composite.uniform_blocks(state, row, row + 2, column + 4)
+    ((rows, u),) = composite.uniform_blocks(state, seed.device, row, row + 2, column + 4)
     assert rows == slice(row, row + 2) and u[:, column:].tolist() == expected
 
 

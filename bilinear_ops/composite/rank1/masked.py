@@ -84,7 +84,7 @@ def _blocks(masks: Masks, sample: int, slab: slice, columns: int) -> Iterator[tu
     if masks.seed is not None:
         state = sample_states(masks.seed, mask_site(masks.stream), masks.samples)[sample]
         numbers = masks.row_numbers, masks.column_numbers
-        pieces = iter(uniform_blocks(state, slab.start, slab.stop, columns, *numbers))
+        pieces = iter(uniform_blocks(state, masks.seed.device, slab.start, slab.stop, columns, *numbers))
     for rows, r in pieces:
         gates = _rows(masks.gates, rows)
         yield rows, gates.to(torch.promote_types(gates.dtype, torch.float32)), r
