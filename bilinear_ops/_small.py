@@ -14,7 +14,7 @@ from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1.masks import blend, mask_site, uniform
 from bilinear_ops.reference.gated import activate
 from bilinear_ops.reference.rank1.masked import apply
-from bilinear_ops.results import ACTIVATIONS, Masks
+from bilinear_ops.results import ACTIVATIONS, SAMPLINGS, Masks
 
 STRIDED = torch.strided
 PRODUCTS = frozenset(ACTIVATIONS) - {"swish", "silu_bounded"}  # a * act(z) without numbers is all of the gate
@@ -77,6 +77,49 @@ def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
     return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
 
 
+def small_masks(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    samples: int,
+    seed: int | Tensor | None,
+    sampling: str,
+    stream: int,
+) -> Masks | None:
+    """The masks, but for their seed, of a small layer of plain tensors that nothing sees: else None.
+
+    None too for what the ops' checks refuse: these comparisons are their own.
+    """
+    if not (
+        type(x) in PLAIN and type(read) in PLAIN and type(write) in PLAIN and type(gates) in PLAIN
+        and type(seed) is int and type(stream) is int and type(samples) is int
+        and sampling in SAMPLINGS
+        and _impl.is_unwatched()
+        and not _impl.needs_reference()
+    ):  # fmt: skip
+        return None
+    dtype = x.dtype
+    if not (
+        _is_like(x, dtype) and _is_like(read, dtype) and _is_like(write, dtype) and _is_like(gates, gates.dtype)
+        and not x.is_nested
+        and dtype in DTYPES and gates.dtype in DTYPES
+        and (bias is None or _is_like(bias, dtype) and bias.shape == write.shape[1:])
+    ):  # fmt: skip
+        return None
+    rows, c, masked = x.shape, read.shape, gates.shape
+    if not (
+        len(c) == 2 and write.dim() == 2 and write.shape[0] == c[1]
+        and rows and rows[-1] == c[0] and masked == (*rows[:-1], c[1])
+        and samples >= 1 and samples * gates.numel() <= limits.kept_masks
+        and -(1 << 63) <= seed < 1 << 63
+    ):  # fmt: skip
+        return None
+    gates = gates if len(masked) == 2 else gates.reshape(-1, c[1])
+    return Masks(gates, None, None, None, None, None, None, stream, samples, sampling)
+
+
 def small_drawn_layer(
     x: Tensor,
     read: Tensor,
@@ -85,12 +128,15 @@ def small_drawn_layer(
     weight: Tensor | None,
     bias: Tensor | None,
     masks: Masks,
+    seed: int | Tensor,
 ) -> Tensor:
-    """A small layer under masks that are kept for backward, by eager PyTorch: calls cost more than arithmetic there."""
-    assert masks.seed is not None
-    x, c = x.reshape(x.shape[:-1].numel(), x.shape[-1]), read.shape[1]
+    """A small layer under masks that are kept for backward, by eager PyTorch: calls cost more than arithmetic there.
+
+    The seed stands beside the masks, where an int need not be a tensor.
+    """
+    x, c = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]), read.shape[1]
     numbers = masks.row_numbers, masks.column_numbers
-    draws = uniform(masks.seed, mask_site(masks.stream), masks.samples, x.shape[0], c, *numbers)
+    draws = uniform(seed, mask_site(masks.stream), masks.samples, x.shape[0], c, *numbers)
     gates, delta = masks.gates, masks.delta
     if masks.samples == 1:  # without a dimension that every gradient would be summed over
         draws, delta = draws[0], None if delta is None else delta[0]

@@ -305,6 +305,52 @@ def test_a_kept_mask_is_the_mask_drawn(monkeypatch):
         assert torch.equal(masks, bo.stochastic_mask(gates, **options))
 
 
+def masked(**changes):
+    """A stochastic layer of full gates under masks alone, whose arguments are checked at once where it is small."""
+    torch.manual_seed(1)
+    drawn = {"x": randn(3, 7, D), "read": randn(D, 8), "write": randn(8, OUT), "gates": torch.rand(3, 7, 8)}
+    return bo.stochastic_rank1_linear(**{**drawn, "bias": randn(OUT), "samples": 2, "seed": 3, **changes})
+
+
+@pytest.mark.parametrize("sampling", ("continuous", "binomial"))
+@pytest.mark.parametrize("samples", (1, 2))
+@pytest.mark.parametrize("tokens", ((7,), (3, 7)))
+def test_masks_checked_at_once(tokens, samples, sampling, monkeypatch):
+    """The same numbers as on the way through the op's checks, without a step of it."""
+    given = {"x": randn(*tokens, D), "gates": torch.rand(*tokens, 8), "samples": samples, "sampling": sampling}
+    found, checks, check = [], [], bo.rank1.masked.check
+    monkeypatch.setattr(bo.rank1.masked, "check", lambda **arguments: checks.append(1) or check(**arguments))
+    for bound in (21 * 8 * 2, -1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        found.append(masked(**given))
+        assert len(checks) == (bound < 0)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"read": randn(D + 1, 8)}, {"read": randn(D)}, {"write": randn(7, OUT)}, {"write": randn(8)},
+        {"gates": torch.rand(3, 7, 9)}, {"gates": torch.rand(2, 3, 7, 8)}, {"gates": torch.ones(3, 7, 8).long()},
+        {"gates": None}, {"gates": torch.rand(3, 7, 8).to_sparse()}, {"bias": randn(1)}, {"bias": randn(OUT, 1)},
+        {"bias": randn(OUT, dtype=torch.float64)}, {"write": randn(8, OUT, dtype=torch.float64)},
+        {"x": torch.ones(3, 7, D).long(), "read": torch.ones(D, 8).long()}, {"x": torch.tensor(1.0)},
+        {"write": randn(8, OUT).to("meta")}, {"seed": None}, {"seed": 1.0}, {"seed": True},
+        {"stream": 1.5}, {"samples": 0}, {"samples": True}, {"sampling": "none"}, {"impl": "none"},
+        {"x": randn(3, 7, D).to_sparse()},
+    ),
+    ids=lambda c: f"{next(iter(c))} {getattr(next(iter(c.values())), 'shape', next(iter(c.values())))}",
+)  # fmt: skip
+def test_the_same_errors_under_masks(changes, monkeypatch):
+    found = []
+    for bound in (math.inf, -1):
+        monkeypatch.setattr(limits, "kept_masks", bound)
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as caught:
+            masked(**changes)
+        found.append((caught.type, str(caught.value)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("given", (False, True), ids=("unseen", "counted"))
 def test_flops_of_a_small_stochastic_step(given, monkeypatch):
     def run():

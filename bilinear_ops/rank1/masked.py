@@ -19,7 +19,7 @@ from bilinear_ops._masks import (
     write_remainder,
 )
 from bilinear_ops._sharding import sharded
-from bilinear_ops._small import small_drawn_layer
+from bilinear_ops._small import small_drawn_layer, small_masks
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import masked as composite
 from bilinear_ops.results import Masks
@@ -138,6 +138,13 @@ def stochastic_rank1_linear(
         TypeError: no seed where something is drawn.
         ValueError: samples below 1, unknown sampling or delta.
     """
+    if impl in ("auto", "torch") and all(
+        t is None for t in (weight, delta, routing, acts, source, row_numbers, column_numbers)
+    ):
+        small = small_masks(x, read, write, gates, bias, samples, seed, sampling, stream)
+        if small is not None and isinstance(seed, int):
+            y = small_drawn_layer(x, read, write, None, None, bias, small, seed)
+            return y.unsqueeze(0) if samples == 1 and x.dim() == 2 else y.view(samples, *x.shape[:-1], write.shape[1])
     uncast = weight, read, write
     x, read, write, bias, weight, acts = _op.autocast(x, read, write, bias, weight, acts)
     sizes = _check(x, read, write, bias, weight, delta, routing, acts)
@@ -207,9 +214,10 @@ def _masked(
     if acts is not None:  # what the result does not depend on gets no gradient
         read = read if remains else read.detach()
         x = x if weight is not None else x.detach()
-    small = impl == "torch" and x.is_cpu and masks.seed is not None and _impl.is_unwatched()
-    if small and masks.samples * tokens * c <= limits.kept_masks:
-        return small_drawn_layer(x, read, write, acts, weight, bias, masks).view(masks.samples, *lead, write.shape[1])
+    small = impl == "torch" and x.is_cpu and masks.samples * tokens * c <= limits.kept_masks
+    if small and masks.seed is not None and _impl.is_unwatched():
+        y = small_drawn_layer(x, read, write, acts, weight, bias, masks, masks.seed)
+        return y.view(masks.samples, *lead, write.shape[1])
     x, acts = x.reshape(tokens, x.shape[-1]), None if acts is None else acts.reshape(tokens, c)
     tensors = (x, read, write, weight, bias, masks.gates, masks.source, masks.delta)
     save = torch.is_grad_enabled() and acts is None and any(t is not None and t.requires_grad for t in tensors)
