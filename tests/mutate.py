@@ -104,6 +104,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         'linear = nn.Linear(1, 2, bias=False, device="meta")',
     ): "a placeholder, whose weight is replaced",
     (
+        "bilinear_ops/nn/gated.py",
+        "layer = (cls(h, d, o, **options, device='meta', dtype=up.weight.dtype))",
+    ): "placeholders, whose weights are replaced",
+    (
+        "bilinear_ops/plots.py",
+        "figure = empty_figure((0.9 + n) + 3.2, 1.1 * (rows + 1))",
+    ): "the size of a figure is a matter of taste",
+    (
+        "bilinear_ops/plots.py",
+        "axes.scatter(array(x), array(y), s=6, color=LINES[1], alpha=0.5, linewidths=0)",
+    ): "one colour of many is a matter of taste",
+    (
         "bilinear_ops/_figures.py",
         "lines += axes.plot(range(1, len(curve) + 1), array(curve), label=name, markersize=4, linewidth=1.2, **style)",
     ): "the size of a marker is a matter of taste",

@@ -131,7 +131,11 @@ def test_routing_masks_weight_gradients_alone(impl):
 def test_routes():
     gates = torch.tensor([[0.9, 0.2, 0.6]])
     assert bo.nn.route(gates, "threshold").tolist() == [[1, 0, 1]]
-    assert bo.nn.route(gates, "topk", k=1).tolist() == [[1, 0, 0]]
+    assert bo.nn.route(gates, "topk").tolist() == [[1, 0, 0]]
+    rows = torch.tensor([[0.9, 0.1, 0.7], [0.2, 0.3, 0.4]])
+    assert bo.nn.route(rows, "topk", k=2).tolist() == [[1, 0, 1], [0, 1, 1]]
+    with pytest.raises(TypeError, match="k must be an int, got float"):
+        bo.nn.route(rows, "topk", k=2.0)
     assert bo.nn.route(gates, "proportional") is not gates and torch.equal(bo.nn.route(gates, "proportional"), gates)
     with pytest.raises(ValueError, match="rule must be one of threshold, topk, proportional, got 'all'"):
         bo.nn.route(gates, "all")

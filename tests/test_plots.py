@@ -51,6 +51,7 @@ def test_eigenvectors():
         assert image.get_clim() == (-limit, limit), "white is zero, the strongest pixel at an end"
         assert axes.get_title() == f"{values[k, i]:+.2f}"
     assert [axes.get_ylabel() for axes in grid] == ["p", "", "q", "", "r", ""]
+    assert grid[0].yaxis.label.get_rotation() == 0, "names of rows lie level"
     red, blue = (image.to_rgba(torch.tensor([[level]]).numpy())[0, 0] for level in image.get_clim())
     assert red[0] > red[2] and blue[2] > blue[0], "positive is blue"
     assert image.to_rgba(torch.zeros(1, 1).numpy())[0, 0].min() > 0.95, "zero is white"
@@ -184,6 +185,7 @@ def test_distribution():
     (axes,) = plots.distribution(values, labels=["all", "some"], bins=10, xlabel="correlation").axes
     for sample, steps in zip(values, axes.patches, strict=True):
         shares, edges, _ = steps.get_data()
+        assert len(shares) == 10
         known = sample[~sample.isnan()]
         expected = [((known >= a) & (known < b)).double().mean() for a, b in itertools.pairwise(edges)]
         expected[-1] += (known == edges[-1]).double().mean()

@@ -1,6 +1,7 @@
 """The performance model: the regions of machine code, and times from them, against counts made by hand."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -180,6 +181,24 @@ def test_a_share_below_the_committed_one_fails_the_gate():
     better = {**report.figures(), "share": share + 0.01}
     (failure,) = gate.judged(report, better, ())[0]
     assert f"a modelled tensor share of {share}, {better['share']} committed" in failure
+
+
+def test_a_kernel_of_fewer_programs_than_tiles_is_persistent(monkeypatch):
+    """Only then do its programs a multiprocessor bound what is resident there."""
+    found = []
+    monkeypatch.setattr(model, "estimate", lambda *arguments: found.append(arguments[-1]))
+    code, read = sass.of_lines([], "sm_90", WARPS), regions.read(PERSISTENT, "", "sm_90", WARPS)
+    for tiles in (263, 264, 265):
+        gate.Report("kernel", "case", "sm_90", 0, code, 264, tiles, 3, regions=read).estimate({})
+    assert found == [None, None, 264 // 132]
+
+
+def test_regions_of_a_compiled_kernel():
+    """The machine code and the compiler's text for it, each in its place."""
+    ttgir = "#layout = #ttg.warp_specialize"
+    kernel = SimpleNamespace(asm={"ttgir": ttgir}, metadata=SimpleNamespace(num_warps=WARPS))
+    assert regions.of_kernel(kernel, PERSISTENT, "sm_90") == regions.read(PERSISTENT, ttgir, "sm_90", WARPS)
+    assert regions.of_kernel(kernel, PERSISTENT, "gfx90a") is None
 
 
 def test_receipts_are_modelled_and_kept_apart(monkeypatch, tmp_path):
