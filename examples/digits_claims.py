@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
+from findings_page import spread
+
 PLAIN, LIGHT, REGULARISED = "noise 0.0, decay 0.0", "noise 0.15, decay 0.0", "noise 0.4, decay 1.0"
 NOISES, DECAYS = ("0.0", "0.15", "0.4"), ("0.0", "1.0")
 NOISE = "noise 0.4, decay 0.0"
@@ -39,11 +41,6 @@ def values(receipt: Receipt, regulariser: str, key: str, *, size: int | None = N
     for part in key.split("."):
         found = [record[part] for record in found]
     return found
-
-
-def spread(found: Sequence[float], form: str = ".2f") -> str:
-    """Mean and range."""
-    return f"{mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,6 +21,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def spread(found: Sequence[float], form: str = ".2f") -> str:
+    """Mean and range; the mean alone where all are equal."""
+    if max(found) - min(found) < 1e-9:
+        return f"{mean(found):{form}}"
+    return f"{mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
 
 
 def written(receipt: Receipt) -> str:

@@ -17,13 +17,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import findings_page
 import text_corpus as corpus
 import torch
-from findings_page import table, written
+from findings_page import spread, table, written
 from torch import Tensor, nn
 
 import bilinear_ops as bo
@@ -186,11 +185,11 @@ def text(receipt: dict[str, Any]) -> str:
     }
     kinds = {"random": "random weights", "swiglu": "SwiGLU, read as bilinear", "bilinear": "annealed"}
     spectra = [
-        [kind, str(layer), *(_spread([m["spectra"][name][layer][key] for m in models], form) for key, form in COLUMNS)]
+        [kind, str(layer), *(spread([m["spectra"][name][layer][key] for m in models], form) for key, form in COLUMNS)]
         for layer in range(sizes["layers"])
         for name, kind in kinds.items()
     ]
-    similarity = [_spread([m["similarity"][layer] for m in models], ".2f") for layer in range(sizes["layers"])]
+    similarity = [spread([m["similarity"][layer] for m in models], ".2f") for layer in range(sizes["layers"])]
     return "\n\n".join(
         [
             f"A Llama of {sizes['layers']} layers, d {sizes['d']}, h {sizes['h']}, {sizes['vocabulary']} words of "
@@ -198,7 +197,7 @@ def text(receipt: dict[str, Any]) -> str:
             f"many in each way; seeds {', '.join(map(str, sizes['seeds']))}. {versions}.",
             table(
                 ("way", "held-out loss, nats a word", "more than trained on"),
-                [[way, _spread(losses[name], ".3f"), _spread(gaps[name], "+.3f")] for name, way in ways.items()],
+                [[way, spread(losses[name], ".3f"), spread(gaps[name], "+.3f")] for name, way in ways.items()],
             ),
             table(("weights", "layer", *(HEADS[key] for key, _ in COLUMNS)), spectra),
             f"Cosine between the layers before and after annealing: {', '.join(similarity)} (layers 0, 1, ...).",
@@ -213,12 +212,6 @@ HEADS = {
     "inputs_rank": "effective rank of a direction's matrix",
     "inputs_leading": f"of its square in {LEADING} eigenvalues",
 }
-
-
-def _spread(values: list[float], form: str) -> str:
-    if len(values) == 1 or max(values) - min(values) < 1e-9:
-        return f"{mean(values):{form}}"
-    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def check() -> int:

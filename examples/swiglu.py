@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import findings_page
 import torch
 import torch.nn.functional as F
-from digits_claims import spread
-from findings_page import table, written
+from findings_page import spread, table, written
 from torch import Tensor, nn
 
 import bilinear_ops as bo

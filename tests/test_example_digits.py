@@ -308,4 +308,4 @@ def test_quick_says_what_it_measured_and_draws_it(example, quick):
     assert "size 48, 120 steps; seeds 0, 1" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| noise 0.0, decay 0.0 |")]
     claims = example["digits_claims"]
-    assert rows[0][1] == claims.spread(claims.values(found, claims.PLAIN, "accuracy"), ".1%")
+    assert rows[0][1] == example["digits_findings"].spread(claims.values(found, claims.PLAIN, "accuracy"), ".1%")
