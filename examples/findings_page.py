@@ -1,4 +1,4 @@
-"""What the examples' findings share: Markdown tables, receipts as JSON, and whether a page of docs/ says the same.
+"""What the examples' findings share: claims with verdicts, tables, receipts as JSON, and whether a page says the same.
 
 The page, docs/findings.md unless another is given, holds the text of an example between two marks of its name.
 """
@@ -8,12 +8,39 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "findings.md"
 
 Receipt = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    """A claim of the paper beside what was measured."""
+
+    claim: str
+    where: str
+    figure: str
+    verdict: str
+
+
+def verdict(held: Sequence[bool], of: str = "seeds") -> str:
+    """Whether a claim held in all cases, in none or in some."""
+    if all(held):
+        return "agrees"
+    return f"mixed: {sum(held)} of {len(held)} {of}" if any(held) else "differs"
+
+
+def spread(found: Sequence[float], form: str = ".2f") -> str:
+    """Mean and range."""
+    return f"{mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
+
+
+def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """first - second, seed by seed."""
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
