@@ -7,8 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 import findings_page
-from digits_claims import spread
-from findings_page import Receipt, table
+from findings_page import Receipt, spread, table
 
 RECEIPT = findings_page.DOCS / "receipts" / "decompose.json"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's

@@ -5,33 +5,14 @@ A receipt is what `digits.study` returns; a regulariser is named there by a text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
-from findings_page import spread
+from findings_page import Finding, Receipt, differences, spread, verdict
 
 PLAIN, LIGHT, REGULARISED = "noise 0.0, decay 0.0", "noise 0.15, decay 0.0", "noise 0.4, decay 1.0"
 NOISES, DECAYS = ("0.0", "0.15", "0.4"), ("0.0", "1.0")
 NOISE = "noise 0.4, decay 0.0"
-
-Receipt = dict[str, Any]
-
-
-class Finding(NamedTuple):
-    """A claim of the paper beside what was measured."""
-
-    claim: str
-    where: str
-    figure: str
-    verdict: str
-
-
-def verdict(held: Sequence[bool], of: str = "seeds") -> str:
-    """Whether a claim held in all cases, in none or in some."""
-    if all(held):
-        return "agrees"
-    return f"mixed: {sum(held)} of {len(held)} {of}" if any(held) else "differs"
 
 
 def values(receipt: Receipt, regulariser: str, key: str, *, size: int | None = None) -> list[Any]:
@@ -41,11 +22,6 @@ def values(receipt: Receipt, regulariser: str, key: str, *, size: int | None = N
     for part in key.split("."):
         found = [record[part] for record in found]
     return found
-
-
-def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """first - second, seed by seed."""
-    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def mask_cost(receipt: Receipt, regulariser: str, pixels: str, of: str = "") -> list[float]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from statistics import mean
 
 import findings_page
-from digits_claims import NOISES, PLAIN, REGULARISED, Receipt, claims, mask_cost, names, values
-from findings_page import spread, table
+from digits_claims import NOISES, PLAIN, REGULARISED, claims, mask_cost, names, values
+from findings_page import Receipt, spread, table
 
 RECEIPT = findings_page.DOCS / "receipts" / "digits.json"
 

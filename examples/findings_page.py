@@ -1,4 +1,4 @@
-"""What the examples' findings share: Markdown tables, receipts as JSON, and whether a page of docs/ says the same.
+"""What the examples' findings share: claims with verdicts, tables, receipts as JSON, and whether a page says the same.
 
 The page, docs/findings.md unless another is given, holds the text of an example between two marks of its name.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "findings.md"
@@ -17,10 +17,20 @@ PAGE = DOCS / "findings.md"
 Receipt = dict[str, Any]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+class Finding(NamedTuple):
+    """A claim of the paper beside what was measured."""
+
+    claim: str
+    where: str
+    figure: str
+    verdict: str
+
+
+def verdict(held: Sequence[bool], of: str = "seeds") -> str:
+    """Whether a claim held in all cases, in none or in some."""
+    if all(held):
+        return "agrees"
+    return f"mixed: {sum(held)} of {len(held)} {of}" if any(held) else "differs"
 
 
 def spread(found: Sequence[float], form: str = ".2f") -> str:
@@ -28,6 +38,17 @@ def spread(found: Sequence[float], form: str = ".2f") -> str:
     if max(found) - min(found) < 1e-9:
         return f"{mean(found):{form}}"
     return f"{mean(found):{form}} ({min(found):{form}} to {max(found):{form}})"
+
+
+def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """first - second, seed by seed."""
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def written(receipt: Receipt) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,21 +56,27 @@ class Network(nn.Module):
 
 
 def train(data: Digits, scale: Scale, seed: int) -> Network:
-    """By AdamW with cosine annealing, with noise on the images."""
+    """From random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = Network(scale.size)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, scale.steps)
-        for _ in range(scale.steps):
-            rows = torch.randint(len(data.train_x), (BATCH,))
-            images = data.train_x[rows] + NOISE * torch.randn(BATCH, 784)
-            loss = F.cross_entropy(network(images), data.train_y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        fit(network, data, scale.steps)
     return network.requires_grad_(False)
+
+
+def fit(network: Network, data: Digits, steps: int, before_step: Callable[[int], object] = lambda done: None) -> None:
+    """By AdamW with cosine annealing, with noise on the images; `before_step` gets the number of steps done."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        before_step(step)
+        rows = torch.randint(len(data.train_x), (BATCH,))
+        images = data.train_x[rows] + NOISE * torch.randn(BATCH, 784)
+        loss = F.cross_entropy(network(images), data.train_y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def measure(network: Network, data: Digits) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,14 +64,26 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def train(model: Transformer, words: Tensor, *, context: int, batch: int, steps: int) -> None:
-    """Train next-word prediction; a step takes `batch` random passages of `context` words."""
+def train(
+    model: Transformer,
+    words: Tensor,
+    *,
+    context: int,
+    batch: int,
+    steps: int,
+    before_step: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Train next-word prediction; a step takes `batch` random passages of `context` words.
+
+    `before_step` is called with the number of steps done.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, betas=BETAS, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, 1.0, WARM_UP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - WARM_UP))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [WARM_UP])
     window = torch.arange(context + 1)
     for step in range(1, steps + 1):
+        before_step(step - 1)
         passages = words[torch.randint(len(words) - context, (batch, 1)) + window]
         loss = F.cross_entropy(model(passages[:, :-1]).flatten(0, 1), passages[:, 1:].flatten())
         optimizer.zero_grad()
@@ -76,7 +91,7 @@ def train(model: Transformer, words: Tensor, *, context: int, batch: int, steps:
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"  step {step:>3}/{steps}  loss {loss.item():.3f}", flush=True)
+            print(f"  step {step:>3}/{steps}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -23,11 +23,13 @@ def test_a_bilinear_model_that_the_library_loads(kind, tmp_path):
     before, keys = model(ids).logits, list(model.state_dict())
     annealing = bilinearise(model, steps=10)
     torch.testing.assert_close(model(ids).logits, before)
+    shown = f"Bilinearisation({type(model).__name__}, {model.config.num_hidden_layers} MLPs, "
+    assert repr(annealing) == f"{shown}beta=1, steps=10)"
     assert annealing.beta == 1.0 and annealing(1) == pytest.approx(annealing.beta) == pytest.approx(2 / 3)
     assert not torch.allclose(model(ids).logits, before)
     assert annealing(3) == 0.0
     annealed, down = model(ids).logits, mlp(model).down_proj.weight.clone()
-    assert annealing.fold() is model
+    assert annealing.fold() is model and repr(annealing) == f"{shown}folded, steps=10)"
     torch.testing.assert_close(model(ids).logits, annealed)
     assert torch.equal(mlp(model).down_proj.weight, down / 2) and list(model.state_dict()) == keys
     assert gated_weights(model, 0, fold_norm=False).activation == "identity"

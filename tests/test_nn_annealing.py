@@ -74,6 +74,8 @@ def test_the_fold_changes_nothing():
         torch.testing.assert_close(folded(x), expected)
     assert torch.equal(model[0].p, weight / 2)
     assert torch.equal(bilinearise_(model)[0].p, weight / 2)
+    with pytest.raises(ValueError, match="Sequential is bilinear already"):
+        anneal_beta(model, 10, 10)
 
 
 def test_the_fold_halves_the_linears_that_were_given():
@@ -105,6 +107,10 @@ def test_what_cannot_be_annealed():
     for anneal in (swish_, bilinearise_, lambda m: anneal_beta(m, 0, 1)):
         with pytest.raises(ValueError, match="Linear has no"):
             anneal(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="call swish_ first"):
+        anneal_beta(network(), 0, 1)
+    with pytest.raises(ValueError, match="has no gated layer with activation silu or swish"):
+        anneal_beta(bo.nn.GatedMLP(2, 3, activation="relu"), 0, 1)
     model = swish_(network())
     with pytest.raises(ValueError, match="step must be at least 0 and steps at least 1, got -1 and 3"):
         anneal_beta(model, -1, 3)

@@ -101,21 +101,21 @@ def best_quadratic(
 
     q = interaction_matrices(layer.best_w(w, v), v, p)
     gradient, inner = layer.gradient(w, v), layer.best_w(layer.w, layer.v)
-    spread = q if cov is None else interaction_matrices(inner, layer.v, p)
-    constant = p @ layer.means - (spread.diagonal(dim1=1, dim2=2)).sum(1)
-    caught = layer.gradient(layer.w, layer.v).square().sum(1) + 2 * spread.square().sum((1, 2))
+    whitened = q if cov is None else interaction_matrices(inner, layer.v, p)
+    constant = p @ layer.means - (whitened.diagonal(dim1=1, dim2=2)).sum(1)
+    fitted = layer.gradient(layer.w, layer.v).square().sum(1) + 2 * whitened.square().sum((1, 2))
     if activation == "identity":
-        left = torch.zeros_like(caught)
+        left = torch.zeros_like(fitted)
     elif centred and activation in PAIRED:
-        left = layer.variance() - caught
+        left = layer.variance() - fitted
     else:
-        left = layer.sampled_rest(caught, float(error))
-    bent = q @ mean
+        left = layer.sampled_rest(fitted, float(error))
+    q_mean = q @ mean
     return BestQuadratic(
         q.to(dtype),
-        (gradient - 2 * bent).to(dtype),
-        (constant - gradient @ mean + bent @ mean).to(dtype),
-        (caught / (caught + left)).to(dtype),
+        (gradient - 2 * q_mean).to(dtype),
+        (constant - gradient @ mean + q_mean @ mean).to(dtype),
+        (fitted / (fitted + left)).to(dtype),
     )
 
 
@@ -181,10 +181,10 @@ class _Whitened:
         gram = ww * of + (r1 * r2 + wv * vw) * slopes + r1 * vw * first + wv * r2 * second
         return ((p[:, one] @ gram) * p[:, two]).sum(1)
 
-    def sampled_rest(self, caught: Tensor, error: float) -> Tensor:
+    def sampled_rest(self, fitted: Tensor, error: float) -> Tensor:
         """The variance [K] that the fit leaves, of samples enough for that standard error of `explained`."""
         generator = torch.Generator().manual_seed(0)
-        squares, fourths, count = torch.zeros_like(caught), torch.zeros_like(caught), 0
+        squares, fourths, count = torch.zeros_like(fitted), torch.zeros_like(fitted), 0
         while True:
             for a, b in blocks(SAMPLES, max(self.w.shape)):
                 u = torch.randn(b - a, self.w.shape[1], dtype=self.w.dtype, generator=generator).to(self.w.device)
@@ -195,7 +195,7 @@ class _Whitened:
             left = squares / count
             with torch.no_grad():
                 deviation = ((fourths / count - left.square()) / count).sqrt()
-                errors = caught * deviation / (caught + left).square()
+                errors = fitted * deviation / (fitted + left).square()
             if not (errors > error).any():
                 return left
 

@@ -29,6 +29,13 @@ class Bilinearisation:
     def __init__(self, model: nn.Module, forms: dict[str, Form], steps: int | None, fraction: float):
         self.model, self.forms, self.steps, self.fraction = model, forms, steps, fraction
 
+    def __repr__(self) -> str:
+        name, form = next(iter(self.forms.items()))
+        act = getattr(self.model.get_submodule(name), form.act)
+        state = act.extra_repr() if isinstance(act, Swish) else "folded"
+        parts = (type(self.model).__name__, f"{len(self.forms)} MLPs", state, f"steps={self.steps}")
+        return f"Bilinearisation({', '.join(part for part in parts if part)})"
+
     @property
     def beta(self) -> float:
         """The slope."""

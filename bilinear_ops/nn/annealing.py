@@ -103,12 +103,21 @@ def anneal_beta(model: nn.Module, step: int, steps: int, fraction: float = 0.3) 
     beta = slope(step, steps, fraction)
     found = [m.beta for m in model.modules() if isinstance(m, GatedBilinear | GatedMLP | Swish) and m.beta is not None]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no swish to anneal: call swish_ first")
+        raise ValueError(f"{type(model).__name__} {_why_no_slope(model)}")
     if any(isinstance(t, nn.Parameter) for t in found):
         raise ValueError("a slope that is trained, a Parameter, is not annealed")
     for t in found:
         t.fill_(beta)
     return beta
+
+
+def _why_no_slope(model: nn.Module) -> str:
+    activations = {m.activation for m in layers(model)}
+    if "silu" in activations:
+        return "has no swish to anneal: call swish_ first"
+    if activations == {"identity"}:
+        return "is bilinear already: no slope is left to anneal"
+    return "has no gated layer with activation silu or swish"
 
 
 @torch.no_grad()
