@@ -267,6 +267,82 @@ KERNELS = {
             Rejected("sm_120", torch.float32, Tile(128, 128, 32, 8, 2)),
         ),
     ),
+    # a tile of a direction's gradient and its mirror image
+    "interaction_strips_kernel": Kernel(
+        tiles={
+            "any": {
+                RowTile(64, 64, 8): Compiled("sm_90 interaction_strips_kernel [bfloat16 K=512 full]", "registers", 48)
+            }
+        },
+        interpreted=RowTile(64, 64, 4),
+        candidates=(RowTile(64, 64, 8), RowTile(64, 64, 4), RowTile(32, 32, 4)),
+    ),
+    # neurons by directions; the pairs' factor is made in registers
+    "interaction_coefficients_kernel": Kernel(
+        tiles={
+            arch: {
+                tile: Compiled(f"{arch} interaction_coefficients_kernel [bfloat16 K=512 full]", "registers", registers)
+            }
+            for arch, tile, registers in (
+                ("sm_80", Tile(128, 128, 32, 8, 3), 209),
+                ("sm_90", Tile(128, 256, 64, 8, 3), 244),
+                ("sm_100", Tile(128, 256, 64, 8, 3), 255),
+                ("sm_120", Tile(128, 128, 32, 8, 2), 215),
+                ("gfx942", Tile(128, 128, 32, 8, 2), 115),
+            )
+        },
+        interpreted=Tile(32, 32, 256, 4, 1),
+        fp32={
+            arch: {
+                tile: Compiled(f"{arch} interaction_coefficients_kernel [float32 K=512 full]", "registers", registers)
+            }
+            for arch, tile, registers in (
+                ("sm_80", Tile(64, 32, 32, 4, 3), 165),
+                ("sm_90", Tile(64, 64, 32, 4, 3), 168),
+                ("sm_100", Tile(64, 64, 32, 4, 3), 164),
+                ("sm_120", Tile(64, 32, 32, 4, 2), 187),
+                ("gfx942", Tile(64, 64, 32, 4, 2), 92),
+            )
+        },
+        candidates=(
+            Tile(128, 256, 64, 8, 3),
+            Tile(128, 128, 64, 8, 3),
+            Tile(128, 128, 32, 8, 3),
+            Tile(64, 64, 32, 4, 3),
+            LIBRARY,
+        ),
+    ),
+    # neurons by pairs, of which one block at a time meets all directions
+    "interaction_weights_kernel": Kernel(
+        tiles={
+            arch: {tile: Compiled(f"{arch} interaction_weights_kernel [bfloat16 K=512 full]", "registers", registers)}
+            for arch, tile, registers in (
+                ("sm_80", Tile(64, 64, 32, 4, 3), 247),
+                ("sm_90", Tile(128, 128, 64, 8, 3), 255),
+                ("sm_100", Tile(128, 64, 64, 8, 3), 228),
+                ("sm_120", Tile(64, 64, 32, 4, 3), 246),
+                ("gfx942", Tile(128, 128, 32, 8, 2), 180),
+            )
+        },
+        interpreted=Tile(32, 256, 32, 4, 1),
+        fp32={
+            arch: {tile: Compiled(f"{arch} interaction_weights_kernel [float32 K=512 full]", "registers", registers)}
+            for arch, tile, registers in (
+                ("sm_80", Tile(64, 32, 32, 4, 3), 224),
+                ("sm_90", Tile(64, 64, 32, 4, 3), 229),
+                ("sm_100", Tile(64, 64, 32, 4, 3), 234),
+                ("sm_120", Tile(64, 32, 32, 4, 2), 206),
+                ("gfx942", Tile(64, 64, 32, 4, 2), 174),
+            )
+        },
+        candidates=(
+            Tile(128, 128, 64, 8, 3),
+            Tile(128, 64, 64, 8, 3),
+            Tile(64, 128, 64, 4, 3),
+            Tile(64, 64, 32, 4, 3),
+            LIBRARY,
+        ),
+    ),
     "mask_kernel": Kernel(
         tiles={"any": {RowTile(16, 64, 4): Compiled("sm_90 mask_kernel [bfloat16 continuous full]", "registers", 56)}},
         interpreted=RowTile(64, 64, 4),
@@ -433,6 +509,19 @@ def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tupl
     computed = {t: _cdiv(directions, t.block_k) * t.block_k for t in pairs}
     best = min(pairs, key=lambda t: (computed[t], -t.block_k))
     return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
+
+
+def interaction_pairs(arch: str, dtype: torch.dtype, directions: int) -> bool:
+    """Whether the gradients of the matrices take fewer products by pairs than for one direction after the other.
+
+    A pair of features takes four products for each direction of its own; by pairs, one for each direction that a tile
+    of either kernel computes, whether it exists or not.
+    """
+    coefficients, weights = (
+        next(t for t in tiles(f"interaction_{name}_kernel", arch, dtype) if isinstance(t, Tile))
+        for name in ("coefficients", "weights")
+    )
+    return sum(_cdiv(directions, b) * b for b in (coefficients.block_n, weights.block_k)) < 4 * directions
 
 
 def accumulate(kernel: str, arch: str, dtype: torch.dtype, rows: int, d_in: int) -> tuple[Choice, ...]:

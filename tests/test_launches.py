@@ -46,7 +46,8 @@ def layer(k, d=3, h=4, *, directions=None, features=None):
 
 
 def matrices(k, **sizes):
-    return partial(bo.interaction_matrices, *layer(k, **sizes)[0])
+    w, v, c = layer(k, **sizes)[0]
+    return partial(bo.interaction_matrices, w.requires_grad_(), v, c)
 
 
 def topk(k, *, n=2, weight=None, score="cross", scope="output", **sizes):
@@ -144,7 +145,8 @@ BRANCHES = {
 }
 
 WITH_BACKWARD_KERNELS = (
-    "gated", "rank1_linear", "rank1_accumulate", "stochastic_rank1", "stochastic_gated", "component_gates",
+    "gated", "interaction_matrices", "rank1_linear", "rank1_accumulate", "stochastic_rank1", "stochastic_gated",
+    "component_gates",
 )  # fmt: skip
 TO_PYTORCH = "leaves these sizes to PyTorch"
 SHARED_TILES = "more than 48 outputs without a basis"

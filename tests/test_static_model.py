@@ -169,6 +169,18 @@ def test_pairs_below_the_diagonal_are_no_tiles():
     assert model.interaction_direction_kernel(sizes).tiles == 3 * (3 + 2 + 1)
 
 
+def test_strips_of_pairs():
+    """The tiles of both kernels of gradients hold the pairs that the strips do."""
+    sizes = {"D": 70, "K": 33, "H": 64, "BLOCK_H": 32, "BLOCK_K": 16, "BLOCK_P": 64}
+    pairs = sum(16 * 16 * (s + 1) for s in range(5))
+    found = model.interaction_coefficients_kernel(sizes)
+    assert found.tiles == 2 * 3 * 5 and found.length * 5 == pairs
+    assert model.interaction_coefficients_kernel({**sizes, "D": 17, "strips": 9}).length * 2 == 16 * 16 * 3
+    found = model.interaction_weights_kernel(sizes)
+    assert found.tiles * 64 == 2 * pairs and found.length == 33
+    assert found.distinct(found.tiles) >= 64 + pairs
+
+
 def test_a_share_below_the_committed_one_fails_the_gate():
     code = sass.of_lines(sass._sass_lines(PERSISTENT), "sm_90", WARPS)
     sizes = {"M": 4096, "D": 1024, "H": 4096, "BLOCK_M": 128, "BLOCK_H": 128, "BLOCK_D": 64, "GROUP_M": 8}

@@ -24,6 +24,8 @@ CANDIDATES = {
     "gated_backward_kernel": SMALL,
     "interaction_pairs_kernel": (config.PairTile(8, 16, 16, 16, 4, 1),),
     "interaction_direction_kernel": (config.Tile(16, 16, 16, 4, 1), config.LIBRARY),
+    "interaction_coefficients_kernel": SMALL,
+    "interaction_weights_kernel": SMALL,
     "squared_difference_kernel": SMALL[:2],
     "accumulate_kernel": SMALL,
     "accumulate_backward_kernel": SMALL,
@@ -36,7 +38,11 @@ def gated(impl="triton"):
 
 
 def interaction(impl="triton"):
-    return bo.interaction_matrices(*(randn(*s, requires_grad=True) for s in ((7, 5), (7, 5), (3, 7))), impl=impl)
+    return bo.interaction_matrices(*(randn(*s) for s in ((7, 5), (7, 5), (3, 7))), impl=impl)
+
+
+def gradients_by_pairs(impl="triton"):
+    return bo.interaction_matrices(*(randn(*s, requires_grad=True) for s in ((7, 5), (7, 5), (40, 7))), impl=impl)
 
 
 def stochastic(impl="triton"):
@@ -73,6 +79,8 @@ CHOICES = {
     # the row kernels run within the library's choice
     gated: {"gated_forward_kernel", "gated_backward_kernel", "gate_kernel", "gate_backward_kernel"},
     interaction: {"interaction_matrices"},
+    gradients_by_pairs: {"interaction_matrices"}
+    | {f"interaction_{name}_kernel" for name in ("strips", "coefficients", "weights")},
     stochastic: {"mask_kernel", "mask_backward_kernel"},
     sparse: {"sparse_dots_kernel", "sparse_sums_kernel"},
     faithfulness: {"squared_difference_kernel"},

@@ -19,6 +19,7 @@ from typing import TypeAlias
 from bench.static import machine
 from bench.static.machine import MACHINES, Machine
 from bench.static.regions import Regions, Work
+from bilinear_ops.kernels.interaction import matrices_backward
 
 Sizes: TypeAlias = Mapping[str, int]
 
@@ -84,9 +85,49 @@ def interaction_direction_kernel(s: Sizes) -> Product:
     return Product(above * s["GRID_1"], s["H"], s["BLOCK_H"], 2 * block, 0, 2 * block * block * 2, distinct)
 
 
+def interaction_coefficients_kernel(s: Sizes) -> Product:
+    """A tile is one strip of pairs; what a program stores at the end of its strips is left out."""
+    strip, strips, length = _strips(s)
+    bh, bk = s["BLOCK_H"], s["BLOCK_K"]
+    tiles_h, tiles_k = _cdiv(s["H"], bh), _cdiv(s["K"], bk)
+
+    def distinct(tiles: int) -> int:
+        return min(tiles, tiles_k) * bk * _cdiv(tiles, tiles_h * tiles_k)
+
+    rows = bk + 2 * bh // strip
+    return Product(tiles_h * tiles_k * strips, length, s["BLOCK_P"], rows, 2 * bh * strip * 2, 0, distinct)
+
+
+def interaction_weights_kernel(s: Sizes) -> Product:
+    """A tile is one block of a strip's pairs, after which sums over them are added to fp32 in memory."""
+    strip, strips, length = _strips(s)
+    bh, bp = s["BLOCK_H"], s["BLOCK_P"]
+    tiles_h, columns = _cdiv(s["H"], bh), bp // strip
+
+    def distinct(tiles: int) -> int:
+        return min(tiles, tiles_h) * bh + _cdiv(tiles, tiles_h) * bp
+
+    tiles = tiles_h * strips * _cdiv(length, bp)
+    return Product(tiles, s["K"], s["BLOCK_K"], bh + bp, 2 * bh * columns * (2 + 4), 2 * bh * columns * 4, distinct)
+
+
+def _strips(s: Sizes) -> tuple[int, int, int]:
+    """Columns of a strip, strips, and the mean pairs of one."""
+    strip = matrices_backward.STRIP.value
+    strips = _cdiv(s["D"], strip) if "D" in s else s["strips"]
+    return strip, strips, strip * strip * (strips + 1) // 2
+
+
 PRODUCTS: Mapping[str, Callable[[Sizes], Product]] = {
     f.__name__: f
-    for f in (gated_forward_kernel, gated_backward_kernel, interaction_pairs_kernel, interaction_direction_kernel)
+    for f in (
+        gated_forward_kernel,
+        gated_backward_kernel,
+        interaction_pairs_kernel,
+        interaction_direction_kernel,
+        interaction_coefficients_kernel,
+        interaction_weights_kernel,
+    )
 }
 GATED = tuple({"M": 16_384, "D": d, "O": d, "H": h} for d, h in ((512, 2048), (768, 3072), (1024, 4096), (2048, 5632)))
 PAIRS = tuple(
@@ -96,6 +137,8 @@ WORKLOADS: Mapping[str, tuple[Sizes, ...]] = {
     "gated_forward_kernel": GATED,
     "gated_backward_kernel": GATED,
     "interaction_pairs_kernel": PAIRS,
+    "interaction_coefficients_kernel": PAIRS,
+    "interaction_weights_kernel": PAIRS,
     "interaction_direction_kernel": ({"GRID_1": 10, "D": 784, "H": 2 * 512},),
 }
 

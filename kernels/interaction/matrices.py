@@ -183,7 +183,7 @@ def _factored(w: Tensor, v: Tensor, p: Tensor, u: Tensor, packed: bool, library:
 def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> None:
     (h, d), directions = w.shape, c.shape[0]
     padded = _columns(h, tile)
-    wt, vt, half = _padded(padded, w.t()), _padded(padded, v.t()), _padded(padded, c).mul_(0.5)
+    wt, vt, half = padded_rows(padded, w.t()), padded_rows(padded, v.t()), padded_rows(padded, c).mul_(0.5)
     tiles_i, tiles_j = triton.cdiv(d, tile.block_i), triton.cdiv(d, tile.block_j)
     tiles_k = triton.cdiv(directions, tile.block_k)
     interaction_pairs_kernel[(tiles_i * tiles_j * tiles_k,)](
@@ -196,7 +196,11 @@ def _by_pairs(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: PairTile) -> Non
 def _by_direction(w: Tensor, v: Tensor, c: Tensor, q: Tensor, tile: Tile) -> None:
     (h, d), directions = w.shape, c.shape[0]
     padded = _columns(h, tile)
-    x, y, half = _padded(padded, w.t(), v.t()), _padded(padded, v.t(), w.t()), _padded(padded, c, c).mul_(0.5)
+    x, y, half = (
+        padded_rows(padded, w.t(), v.t()),
+        padded_rows(padded, v.t(), w.t()),
+        padded_rows(padded, c, c).mul_(0.5),
+    )
     tiles = triton.cdiv(d, tile.block_m)
     interaction_direction_kernel[(tiles * tiles, directions)](
         x, y, padded, half, padded, q, q.stride(0), d, tiles,
@@ -211,7 +215,7 @@ def _columns(h: int, tile: Tile | PairTile) -> int:
     return triton.cdiv(length, block) * block
 
 
-def _padded(columns: int, *parts: Tensor) -> Tensor:
+def padded_rows(columns: int, *parts: Tensor) -> Tensor:
     """The parts side by side, each row filled up with zeros, so that loads of the contraction need no mask."""
     padded, start = parts[0].new_zeros(parts[0].shape[0], columns), 0
     for t in parts:

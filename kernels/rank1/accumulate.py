@@ -139,8 +139,8 @@ def rank1_accumulate_backward(
     def run(tile: Tile | None) -> tuple[Tensor | None, ...]:
         if tile is None:
             return composite.rank1_accumulate_backward(dweights, gates, read, write, need)
-        dwrite, dgates = _contract(dweights, read, write.t(), gates, tile, need_write, need_gates)
-        dread, _ = _contract(dweights.mT, write.t(), read, gates, tile, need_read, False)
+        dwrite, dgates = contract(dweights, read, write.t(), gates, tile, need_write, need_gates)
+        dread, _ = contract(dweights.mT, write.t(), read, gates, tile, need_read, False)
         return (
             None if dgates is None else dgates.to(gates.dtype),
             None if dread is None else dread.to(read.dtype),
@@ -162,7 +162,7 @@ def _launch(
     return via.launch(kernel, read, shape, choose(kernel, arch, read.dtype), run, library=library)
 
 
-def _contract(
+def contract(
     dw: Tensor, factor: Tensor, other: Tensor, gates: Tensor, tile: Tile, summed: bool, reduced: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of P_b = dw_b factor, dw [B, R, K], the sum of g_b * P_b [R, C] and the column sums of P_b * other [B, C].
