@@ -355,7 +355,8 @@ def _step(
                 impl=impl,
             )  # fmt: skip
 
-        return loss(bo.component_gates, outputs, bo.pooled_faithfulness_loss, *operands)
+        network, faithfulness = (partial(f, impl=impl) for f in (bo.component_gates, bo.pooled_faithfulness_loss))
+        return loss(network, outputs, faithfulness, *operands)
 
     def einsums(given: bool, *operands: Tensor) -> Tensor:
         def outputs(

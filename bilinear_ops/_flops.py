@@ -6,10 +6,9 @@ what a backward computes again to save memory is not in it.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 import torch
@@ -34,16 +33,15 @@ class _AfterImport:
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
         if spec is None or spec.loader is None:
-            return spec
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
+            if cls in sys.meta_path:
+                sys.meta_path.remove(cls)
             for packet, formula in _waiting.items():
                 _register(packet, formula)
             _waiting.clear()

@@ -103,6 +103,56 @@ def test_shared_weights_are_halved_once_or_not_at_all():
     assert torch.equal(model(x), expected) and model[0].activation == "swish"
 
 
+def slopeless(d: int) -> nn.Module:
+    return bo.nn.GatedMLP(d, d, activation="swish", beta=0.0)
+
+
+def test_weights_of_one_memory_are_halved_once_or_not_at_all():
+    """Parameters that are views of one storage are one weight, or none of them is halved."""
+    model, x = nn.Sequential(slopeless(4), slopeless(4)), randn(7, 4)
+    model[1].p = nn.Parameter(model[0].p.data)
+    expected = model(x)
+    torch.testing.assert_close(bilinearise_(model)(x), expected)
+
+    packed = randn(8, 4)
+    for view in (packed.t()[:, :4], packed[2:6], packed[1::2], packed.double().float()[:4]):
+        model = nn.Sequential(slopeless(4), slopeless(4))
+        model[0].p, model[1].p = nn.Parameter(packed[:4]), nn.Parameter(view)
+        expected, shares = model(x), view.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+        if shares:
+            with pytest.raises(ValueError, match="p shares elements with another weight"):
+                bilinearise_(model)
+            assert torch.equal(model(x), expected)
+        else:
+            torch.testing.assert_close(bilinearise_(model)(x), expected)
+
+    for other, clash in ((packed[4:], False), (packed[3:7], True)):
+        model = nn.Sequential(slopeless(4), nn.Linear(4, 4))
+        model[0].p, model[1].weight = nn.Parameter(packed[:4]), nn.Parameter(other)
+        expected = model(x)
+        if clash:
+            with pytest.raises(ValueError, match="1.weight is shared with a layer"):
+                bilinearise_(model)
+            assert torch.equal(model(x), expected)
+        else:
+            torch.testing.assert_close(bilinearise_(model)(x), expected)
+
+
+def test_one_layer_is_halved_as_a_model_of_it():
+    """The halves of a packed tensor have no element in common; a weight tied to another is refused."""
+    layer, x = bo.nn.GatedBilinear(4, 5, activation="swish", beta=0.0), randn(7, 4)
+    packed = randn(10, 4)
+    layer.w, layer.v = nn.Parameter(packed[1::2]), nn.Parameter(packed[::2])
+    expected = layer(x)
+    torch.testing.assert_close(layer.bilinearise_()(x), expected)
+    tied = slopeless(4)
+    tied.p = tied.w
+    expected = tied(x)
+    with pytest.raises(ValueError, match="w is shared with a layer"):
+        tied.bilinearise_()
+    assert torch.equal(tied(x), expected)
+
+
 def test_what_cannot_be_annealed():
     for anneal in (swish_, bilinearise_, lambda m: anneal_beta(m, 0, 1)):
         with pytest.raises(ValueError, match="Linear has no"):

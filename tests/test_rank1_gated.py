@@ -1,5 +1,6 @@
 """Gated layers under masks against their reference in float64, and against the identity through acts=."""
 
+import functools
 from itertools import cycle, product
 
 import pytest
@@ -186,12 +187,26 @@ def test_gradcheck(activation):
     assert torch.autograd.gradgradcheck(lambda *t: fn(names, *t), values)
 
 
+@pytest.fixture(scope="module")
+def all_gradients():
+    """A layer's tensors and all its gradients, for each implementation."""
+    torch.manual_seed(0)
+    tensors = with_target(inputs(), 2)
+
+    @functools.cache
+    def of(impl):
+        fn = op(bo, samples=2, seed=1, activation="silu", impl=impl)
+        values = list(tensors.values())
+        return testing.gradients(lambda *t: fn(list(tensors), *t), values, torch.ones(2, 9, 5))[1:]
+
+    return tensors, of
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wanted", ("x", "w", "v", "p", "gates", "b_w", "b_v", "b_p", "target", "delta"))
-def test_needed_gradients_only(wanted, impl):
-    tensors = with_target(inputs(), 2)
+def test_needed_gradients_only(wanted, impl, all_gradients):
+    tensors, full = all_gradients[0], all_gradients[1](impl)
     names, fn = list(tensors), op(bo, samples=2, seed=1, activation="silu", impl=impl)
-    full = testing.gradients(lambda *t: fn(names, *t), list(tensors.values()), torch.ones(2, 9, 5))[1:]
     leaves = {n: t.detach().requires_grad_(n == wanted) for n, t in tensors.items()}
     fn(names, *leaves.values()).backward(torch.ones(2, 9, 5))
     assert [n for n, t in leaves.items() if t.grad is not None] == [wanted]

@@ -117,6 +117,18 @@ def test_a_counter_imported_first_has_the_formulas():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_look_for_the_counter_keeps_the_formulas_waiting():
+    code = """
+import sys, importlib.util, bilinear_ops, torch
+finders = len(sys.meta_path)
+assert importlib.util.find_spec("torch.utils.flop_counter").loader and "torch.utils.flop_counter" not in sys.modules
+import torch.utils.flop_counter as c
+c.flop_registry[torch.ops.bilinear_ops.gated]
+assert len(sys.meta_path) < finders
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 class Seen(TorchDispatchMode):
     """The package's ops that run under it."""
 

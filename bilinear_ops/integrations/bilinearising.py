@@ -16,7 +16,8 @@ from bilinear_ops.integrations import gate_forms
 from bilinear_ops.integrations.gate_expressions import NotAGate, activation_of
 from bilinear_ops.integrations.gate_forms import Form, has_experts, linear_names
 from bilinear_ops.integrations.patches import prove_again
-from bilinear_ops.nn.annealing import Swish, anneal_beta, halve_, slope
+from bilinear_ops.nn.annealing import Swish, anneal_beta, slope
+from bilinear_ops.nn.halving import halve_
 
 CONFIG_NAMES = ("hidden_act", "hidden_activation")  # under which configurations name the MLPs' activation
 LINEAR = "linear"  # the library's name of no activation

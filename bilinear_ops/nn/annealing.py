@@ -9,13 +9,12 @@ nn.bilinearise_(model)                     # swish with slope 0 is z / 2: the ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from bilinear_ops._check import check_integers, check_reals
 from bilinear_ops.nn.gated import GatedBilinear, GatedMLP
+from bilinear_ops.nn.halving import halve_
 
 
 class Swish(nn.Module):
@@ -146,18 +145,3 @@ def bilinearise_(model: nn.Module) -> nn.Module:
     for layer in annealed:
         layer._drop_activation()
     return model
-
-
-@torch.no_grad()
-def halve_(model: nn.Module, uses: Sequence[tuple[nn.Module, str]]) -> None:
-    """Halve the parameters that these modules have under these names, each once.
-
-    Raises ValueError, and changes nothing, where a parameter is used elsewhere in the model, too.
-    """
-    halved = {t for module, name in uses if (t := getattr(module, name)) is not None}
-    for path, module in model.named_modules():
-        for name, t in module._parameters.items():
-            if t in halved and (module, name) not in uses:
-                raise ValueError(f"{path}.{name} is shared with a layer that it would be halved for")
-    for t in halved:
-        t.mul_(0.5)

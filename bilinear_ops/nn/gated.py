@@ -14,6 +14,7 @@ from bilinear_ops import gates
 from bilinear_ops._check import check_sizes
 from bilinear_ops._gate import check_gate
 from bilinear_ops.gated import gate, gated_bilinear, gated_mlp
+from bilinear_ops.nn.halving import halve_
 from bilinear_ops.results import Activations
 
 NAMES: dict[str, dict[str, Any]] = {  # activations as the transformers library names them, where we do not
@@ -126,7 +127,7 @@ class _Gated(nn.Module):
             slope = "" if self.beta is None else f" at beta {self.beta.item():g}"
             raise ValueError(f"only identity and swish at beta 0 are bilinear, got {self.activation}{slope}")
         for name in self.HALVED:
-            if name not in self._parameters:
+            if name not in self._parameters and getattr(self, name) is not None:
                 raise ValueError(f"{name} is no parameter to be halved in place: remove its parametrisation first")
 
     def _drop_activation(self) -> None:
@@ -142,13 +143,12 @@ class _Gated(nn.Module):
         is converted by `nn.bilinearise_`.
 
         Raises:
-            ValueError: another activation, beta other than 0, a limit or an offset; a parametrised weight.
+            ValueError: another activation, beta other than 0, a limit or an offset; a parametrised weight, or one that
+                another parameter of the layer shares.
         """
         self._check_bilinear()
         if self.activation == "swish":
-            for name in self.HALVED:
-                if getattr(self, name) is not None:
-                    getattr(self, name).mul_(0.5)
+            halve_(self, [(self, name) for name in self.HALVED])
             self._drop_activation()
         return self
 
