@@ -72,7 +72,7 @@ def low_rank(receipt: Receipt) -> list[Finding]:
         rows.append(
             Finding(
                 f"Two eigenvectors say more of output features than of controls, {said}",
-                "5.2 and the appendix on random directions",
+                "5.2 and its appendix",
                 "; ".join(f"{forms} {spread(values)}" for forms, values in found.items()),
                 "; ".join(
                     f"{forms}: {verdict([a > b for a, b in zip(features, control, strict=True)])}"

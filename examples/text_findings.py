@@ -31,8 +31,8 @@ def text(receipt: Receipt) -> str:
         table(("claim", "in [P]", "here", "verdict"), claims(receipt)),
         "### Expectations of language set before the runs",
         table(("expected", "found", "met"), expectations(receipt)),
-        "### Correlation of activations with their strongest eigenvectors",
-        table(("of", "inputs", *(f"{n} eigenvectors" for n in SHOWN)), curves(receipt)),
+        "### Correlation of activations with their first eigenvectors",
+        table(("of", "inputs", *(f"first {n}" for n in SHOWN)), curves(receipt)),
         "### Output features that their interactions explain best",
         f"Of seed {scale['seeds'][0]}. The last word of a context, in brackets, is where the feature is most active; "
         "it promotes words that follow. An input feature is named by the words at which it is strongest.",
