@@ -9,12 +9,14 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
-from bilinear_ops._impl import needs_reference
+from bilinear_ops._impl import PLAIN, needs_reference
 from bilinear_ops.results import SAMPLINGS, Directions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DENSE = (torch.strided,)
 OR_JAGGED = (torch.strided, torch.jagged)
+STRIDED = torch.strided
+PLAIN_NUMBERS = PLAIN | {float, int, type(None)}
 
 
 def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[object, str]) -> dict[str, int]:
@@ -59,6 +61,48 @@ def check(layouts: tuple[torch.layout, ...] = DENSE, /, **arguments: tuple[objec
         if not fits:
             raise RuntimeError(_mismatch(name, t, arguments))
     return sizes
+
+
+def is_plain_layer(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    p: Tensor | None,
+    b_w: Tensor | None,
+    b_v: Tensor | None,
+    b_p: Tensor | None,
+    *numbers: float | Tensor | None,
+) -> bool:
+    """Whether these are plain tensors on a CPU or GPU that `check` takes, by comparisons that cost a small call less.
+
+    Plain is what no dispatch key rewrites: dense, no wrapper of tensors, not lazily negated.
+    """
+    if not (type(x) in PLAIN and type(w) in PLAIN and (x.is_cuda or x.is_cpu)):
+        return False
+    dtype, device = x.dtype, x.device
+    for t in (x, w, v, p, b_w, b_v, b_p):
+        if t is not None and not (
+            type(t) in PLAIN
+            and t.dtype is dtype
+            and t.device == device
+            and t.layout is STRIDED
+            and not (t.is_nested or t.is_neg())
+        ):
+            return False
+    shape = w.shape
+    h = shape[:1]
+    return (
+        dtype in DTYPES
+        and len(shape) == 2
+        and x.shape[-1:] == shape[1:]
+        and v is not None
+        and v.shape == shape
+        and (p is None or p.dim() == 2 and p.shape[1:] == h)
+        and (b_w is None or b_w.shape == h)
+        and (b_v is None or b_v.shape == h)
+        and (b_p is None or p is not None and b_p.shape == p.shape[:1])
+        and all(type(n) in PLAIN_NUMBERS for n in numbers)
+    )
 
 
 def _mismatch(name: str, t: Tensor, arguments: dict[str, tuple[object, str]]) -> str:

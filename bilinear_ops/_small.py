@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bilinear_ops import _impl, reference
-from bilinear_ops._check import DTYPES
+from bilinear_ops import reference
 from bilinear_ops._gate import check_gate
-from bilinear_ops._impl import PLAIN
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1.masks import blend, mask_site, uniform
 from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import Masks
-
-STRIDED = torch.strided
 
 
 def small_layer(
@@ -31,38 +27,16 @@ def small_layer(
     limit: float | Tensor | None,
     offset: float | Tensor | None,
 ) -> Tensor | None:
-    """The layer by eager PyTorch where that is faster on CPU and nothing sees which: else None.
+    """A plain layer that nothing watches by eager PyTorch, where that is faster on CPU: else None.
 
-    Eager PyTorch keeps more, computes less again, and costs less to call. None too for what `check` refuses: these
-    comparisons are its own, for plain tensors alone.
+    Eager PyTorch keeps more, computes less again, and costs less to call.
     """
-    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN and _impl.is_unwatched()):
-        return None
-    if not (x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED) or x.is_nested:
-        return None
-    shape, dtype, d = w.shape, x.dtype, x.shape[-1:]
-    if not (
-        len(shape) == 2
-        and v.shape == shape
-        and d == shape[1:]
-        and x.is_cpu and w.is_cpu and v.is_cpu
-        and dtype in DTYPES
-        and w.dtype is dtype and v.dtype is dtype
-        and x.numel() * shape[0] <= limits.small_on_cpu
-        and (p is None or _is_like(p, dtype) and p.dim() == 2 and p.shape[1] == shape[0])
-        and (b_w is None or _is_like(b_w, dtype) and b_w.shape == shape[:1])
-        and (b_v is None or _is_like(b_v, dtype) and b_v.shape == shape[:1])
-        and (b_p is None or p is not None and _is_like(b_p, dtype) and b_p.shape == p.shape[:1])
-    ):  # fmt: skip
+    if not x.is_cpu or x.numel() * w.shape[0] > limits.small_on_cpu:
         return None
     check_gate(activation, beta, limit, offset, x)
     a, z = linear(x, w, b_w), linear(x, v, b_v)
     hid = reference.gate(a, z, activation=activation, beta=beta, limit=limit, offset=offset)
     return hid if p is None else linear(hid, p, b_p)
-
-
-def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
-    return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
 
 
 def small_drawn_layer(
