@@ -90,6 +90,8 @@ def number_tensors(activation: str, numbers: Numbers, like: Tensor) -> tuple[Ten
 
     The product, unlike `torch.full`, is a form in which torch.compile keeps a float symbolic.
     """
+    if activation != "swish" and numbers.limit is None and numbers.offset is None:
+        return None, None, None
     dtype = torch.promote_types(like.dtype, torch.float32)
     given = (numbers.beta if activation == "swish" else None, numbers.limit, numbers.offset)
     return tuple(

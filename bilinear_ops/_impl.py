@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -57,12 +58,20 @@ def why_not_triton(t: Tensor) -> str | None:
         return None if _interpreted() else "CPU tensors need TRITON_INTERPRET=1"
     if t.device.type != "cuda":
         return f"no kernels for device {t.device.type}"
-    properties = torch.cuda.get_device_properties(t.device)
+    # a call in eager mode is short beside its properties; torch.compile folds them into its graph
+    return _why_not_device(t.device) if is_compiling() else _known_why_not(t.device)
+
+
+def _why_not_device(device: torch.device) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is None:
         return None if properties.major >= 8 else "the kernels need compute capability 8.0 or newer"
     if not properties.gcnArchName.startswith("gfx942"):
         return f"the kernels are built for gfx942, not {properties.gcnArchName}"
     return None
+
+
+_known_why_not = functools.cache(_why_not_device)
 
 
 def _interpreted() -> bool:
@@ -84,6 +93,14 @@ def is_unwatched() -> bool:
     Where `needs_reference` holds they are alike without it: the reference is eager PyTorch at every size.
     """
     return not (is_compiling() or _has_dispatch_mode() or _has_function_mode() or _has_autocast())
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether no dispatch key rewrites any of these: dense tensors on a CPU or GPU, not lazily negated."""
+    for t in tensors:
+        if t is not None and not (type(t) in PLAIN and (t.is_cuda or t.is_cpu) and not t.is_neg()):
+            return False
+    return True
 
 
 def needs_formula(*tensors: Tensor | None, impl: str) -> bool:

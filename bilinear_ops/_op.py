@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from bilinear_ops import _flops
+from bilinear_ops import _flops, _impl
 
 RELOADED = "{} cannot be reloaded: PyTorch registers an op once in a process; start a new one"
 
@@ -20,6 +20,9 @@ if "OPS" in globals():  # as importlib.reload leaves them
     raise RuntimeError(RELOADED.format(__name__))
 OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
+
+# What a differentiable op does, by the op, for calls past the dispatcher.
+_direct: dict[Any, Callable[..., Any]] = {}
 
 
 def register(
@@ -86,9 +89,17 @@ def differentiable(
         lambda dy, *args: tuple(or_empty(t, dy) for t in backward(dy, *args)),
         backward_fake or partial(_gradients_fake, of),
     )
-    _connect(op, backward_op, of, formula, unpack)
+    _connect(op, forward, backward_op, backward, of, formula, unpack)
     _count(op, backward_op, of, formula)
     return op, backward_op
+
+
+def direct(op: Any) -> Callable[..., Any]:
+    """The op without its two ways through the dispatcher, which cost a small layer more than its arithmetic.
+
+    For plain arguments where nothing watches; a profiler is to see the op.
+    """
+    return op if torch.autograd._profiler_enabled() else _direct.get(op, op)
 
 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
@@ -122,7 +133,9 @@ def _gradients_fake(of: Signature, dy: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 def _connect(
     op: Any,
+    kernel: Callable[..., Any],
     backward_op: Callable[..., Any],
+    backward_kernel: Callable[..., Sequence[Tensor | None]],
     of: Signature,
     formula: Callable[..., Tensor],
     unpack: Callable[..., Sequence[Tensor | None]] | None,
@@ -134,9 +147,17 @@ def _connect(
     """
     no_gradients = (None,) * (len(of.names) - of.inputs)
 
-    def forward(ctx: Any, *args: Any) -> Any:
+    def below(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = op(*args)
+            return op(*args)
+
+    def backward_direct(dy: Tensor, *args: Any) -> Any:
+        unseen = _impl.is_unwatched() and not (_impl.needs_reference() or torch.autograd._profiler_enabled())
+        plain = unseen and _impl.are_plain(dy, *args[: of.kept + of.tensors])
+        return (backward_kernel if plain else backward_op)(dy, *args)
+
+    def forward(run: Callable[..., Any], ctx: Any, *args: Any) -> Any:
+        out = run(*args)
         ctx.set_materialize_grads(False)  # else the backward is handed zeros for the kept output, written out
         kept = out[1:] if of.kept else ()
         ctx.mark_non_differentiable(*kept)
@@ -144,7 +165,7 @@ def _connect(
         ctx.options = args[of.tensors :]
         return out
 
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(run: Callable[..., Any], ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:  # the result was not used
             return (None,) * len(of.names)
         saved = ctx.saved_tensors
@@ -155,22 +176,30 @@ def _connect(
             f = partial(formula, **_keywords(of, tensors, options))
             return *differentiable_gradients(f, tensors[: of.inputs], need, dy), *no_gradients
         impl = ctx.options[-1:] if of.impl else ()
-        found = backward_op(dy, *kept, *tensors, *options, need, *impl)
+        found = run(dy, *kept, *tensors, *options, need, *impl)
         if unpack is not None:
             found = unpack(*found, need)
         return *(g if needed else None for g, needed in zip(found, need, strict=True)), *no_gradients
 
     name = "".join(part.capitalize() for part in op._schema.name.partition("::")[2].split("_"))
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(without_autocast(backward))}
-    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+    def by(run: Callable[..., Any], backward_run: Callable[..., Any]) -> Callable[..., Any]:
+        """The op with its derivative, its results by `run`, its gradients by `backward_run`."""
+        methods = {
+            "forward": staticmethod(partial(forward, run)),
+            "backward": staticmethod(without_autocast(partial(backward, backward_run))),
+        }
+        function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
-    OPS.impl(op._schema.name, autograd, "Autograd")
+        def differentiated(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                return function.apply(*args)
+            return run(*args)
+
+        return differentiated
+
+    OPS.impl(op._schema.name, by(below, backward_op), "Autograd")
+    _direct[op] = by(kernel, backward_direct)
 
 
 def _keywords(of: Signature, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> dict[str, Any]:
@@ -225,6 +254,8 @@ def without_autocast(f: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(f)
     def wrapped(*args: Any, **options: Any) -> T:
+        if not torch._C._is_any_autocast_enabled():
+            return f(*args, **options)
         first = next((a for a in (*args, *options.values()) if isinstance(a, Tensor)), None)
         kind = "meta" if first is None else first.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):

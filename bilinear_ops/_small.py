@@ -16,8 +16,12 @@ from bilinear_ops.reference.gated import activate
 from bilinear_ops.reference.rank1.masked import apply
 from bilinear_ops.results import ACTIVATIONS, SAMPLINGS, Masks
 
-STRIDED = torch.strided
 PRODUCTS = frozenset(ACTIVATIONS) - {"swish", "silu_bounded"}  # a * act(z) without numbers is all of the gate
+
+
+def is_small_layer(x: Tensor, w: Tensor) -> bool:
+    """Whether eager PyTorch is faster for a layer."""
+    return x.is_cpu and x.numel() * w.shape[0] <= limits.small_on_cpu
 
 
 def small_layer(
@@ -32,38 +36,11 @@ def small_layer(
     beta: float | Tensor,
     limit: float | Tensor | None,
     offset: float | Tensor | None,
-) -> Tensor | None:
-    """The layer by eager PyTorch where that is faster on CPU and nothing sees which: else None.
+) -> Tensor:
+    """A small layer that nothing watches, for which `is_plain_layer` holds, by eager PyTorch.
 
-    Eager PyTorch keeps more, computes less again, and costs less to call. None too for what `check` refuses: these
-    comparisons are its own, for plain tensors alone.
+    Eager PyTorch keeps more, computes less again, and costs less to call.
     """
-    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN and _impl.is_unwatched()):
-        return None
-    if not (x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED) or x.is_nested:
-        return None
-    rows, shape, dtype = x.shape, w.shape, x.dtype
-    if not (
-        len(shape) == 2
-        and v.shape == shape
-        and rows and rows[-1] == shape[1]
-        and x.is_cpu and w.is_cpu and v.is_cpu
-        and dtype in DTYPES
-        and w.dtype is dtype and v.dtype is dtype
-        and x.numel() * shape[0] <= limits.small_on_cpu
-        and (b_w is None or _is_like(b_w, dtype) and b_w.shape == shape[:1])
-        and (b_v is None or _is_like(b_v, dtype) and b_v.shape == shape[:1])
-    ):  # fmt: skip
-        return None
-    if p is not None:
-        # spelled out: a call costs as much as several of these checks
-        if not (type(p) in PLAIN and p.layout is STRIDED and p.is_cpu and p.dtype is dtype):
-            return None
-        down = p.shape
-        if len(down) != 2 or down[1] != shape[0]:
-            return None
-        if not (b_p is None or _is_like(b_p, dtype) and b_p.shape == down[:1]):
-            return None
     if limit is None and offset is None and activation in PRODUCTS and type(beta) is float and beta == 1.0:
         hid = linear(x, w, b_w) * activate(linear(x, v, b_v), activation)
     else:
@@ -74,7 +51,7 @@ def small_layer(
 
 
 def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
-    return type(t) in PLAIN and t.layout is STRIDED and t.is_cpu and t.dtype is dtype
+    return type(t) in PLAIN and t.layout is torch.strided and t.is_cpu and t.dtype is dtype
 
 
 def small_masks(

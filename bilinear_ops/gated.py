@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bilinear_ops import _impl, _op, reference
-from bilinear_ops._check import OR_JAGGED, check
+from bilinear_ops._check import OR_JAGGED, check, is_plain_layer
 from bilinear_ops._gate import Numbers, check_gate, number_tensors
 from bilinear_ops._sharding import sharded
-from bilinear_ops._small import small_layer
+from bilinear_ops._small import is_small_layer, small_layer
 from bilinear_ops.composite import gated as composite
 from bilinear_ops.results import Gate
 
@@ -56,10 +56,10 @@ def gated_bilinear(
         ValueError: unknown activation or impl, a beta without swish, a limit with silu_bounded, a limit that is not
             positive, or a limit or offset that asks for a gradient.
     """
-    if impl == "auto":
-        y = small_layer(x, w, v, None, b_w, b_v, None, activation, beta, limit, offset)
-        if y is not None:
-            return y
+    if _impl.is_unwatched() and is_plain_layer(x, w, v, None, b_w, b_v, None, beta, limit, offset):
+        if impl == "auto" and is_small_layer(x, w):
+            return small_layer(x, w, v, None, b_w, b_v, None, activation, beta, limit, offset)
+        return _gated(x, w, v, None, b_w, b_v, None, activation, Numbers(beta, limit, offset), False, impl, plain=True)
     return _gated_bilinear(x, w, v, b_w, b_v, activation=activation, beta=beta, limit=limit, offset=offset, impl=impl)
 
 
@@ -122,10 +122,10 @@ def gated_mlp(
     """
     if p is None:
         raise TypeError("p must be a torch.Tensor, got NoneType")
-    if impl == "auto" and mask is None and not recompute:
-        y = small_layer(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
-        if y is not None:
-            return y
+    if mask is None and _impl.is_unwatched() and is_plain_layer(x, w, v, p, b_w, b_v, b_p, beta, limit, offset):
+        if impl == "auto" and not recompute and is_small_layer(x, w):
+            return small_layer(x, w, v, p, b_w, b_v, b_p, activation, beta, limit, offset)
+        return _gated(x, w, v, p, b_w, b_v, b_p, activation, Numbers(beta, limit, offset), recompute, impl, plain=True)
     return _gated_mlp(
         x, w, v, p, b_w, b_v, b_p,
         activation=activation, beta=beta, limit=limit, offset=offset, recompute=recompute, mask=mask, impl=impl,
@@ -196,7 +196,8 @@ def gate(
     impl = _impl.resolve(impl, a)
     if _impl.needs_formula(a, z, impl=impl):
         return reference.gate(a, z, activation=activation, **numbers._asdict())
-    return gate_op(_rows(a), _rows(z), *number_tensors(activation, numbers, a), activation, impl).view(a.shape)
+    found = number_tensors(activation, numbers, a)
+    return gate_op(_rows(a), _rows(z), *found, activation, impl).view(a.shape)
 
 
 def _gated(
@@ -211,30 +212,41 @@ def _gated(
     numbers: Numbers,
     recompute: bool,
     impl: str,
+    *,
+    plain: bool = False,
 ) -> Tensor:
-    check(
-        OR_JAGGED,
-        x=(x, "... d"),
-        w=(w, "h d"),
-        v=(v, "h d"),
-        p=(p, "? o h"),
-        b_w=(b_w, "? h"),
-        b_v=(b_v, "? h"),
-        b_p=(b_p, "? o"),
-    )
+    """The op on what autocast has cast; `plain` says that no mode sees it, and that `is_plain_layer` holds."""
+    plain = plain and not _impl.needs_reference() and _impl.are_plain(x, w, v, p, b_w, b_v, b_p)
+    if not plain:
+        check(
+            OR_JAGGED,
+            x=(x, "... d"),
+            w=(w, "h d"),
+            v=(v, "h d"),
+            p=(p, "? o h"),
+            b_w=(b_w, "? h"),
+            b_v=(b_v, "? h"),
+            b_p=(b_p, "? o"),
+        )
     beta, limit, offset = numbers
     check_gate(activation, beta, limit, offset, x)
     impl = _impl.resolve(impl, x)
-    if _impl.needs_formula(x, w, v, p, b_w, b_v, b_p, impl=impl):
+    if not plain and _impl.needs_formula(x, w, v, p, b_w, b_v, b_p, impl=impl):
         return _reference(x, w, v, p, b_w, b_v, b_p, beta, limit=limit, offset=offset, activation=activation)
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
-    y, _ = gated_op(_rows(x), *tensors[:-1], *number_tensors(activation, numbers, x), activation, save, impl)
+    found = number_tensors(activation, numbers, x)
+    op = _op.direct(gated_op) if plain else gated_op
+    y, _ = op(_rows(x), *tensors[:-1], *found, activation, save, impl)
+    if x.dim() == 2:
+        return y
     # not a view, of which FSDP2 would warn
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _rows(t: Tensor) -> Tensor:
+    if t.dim() == 2:
+        return t
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
@@ -299,21 +311,25 @@ def backward(
     path = composite if impl == "torch" else launchers()
     gate_of = Gate(activation, beta, limit, offset)
     h, d = w.shape
-    dx = x.new_empty(x.shape) if need_x else None
-    dwv = dp = db = dbeta = None
-    for rows in path.row_blocks(x, h):
-        b_x, b_dy = x[rows], dy[rows]
-        b_az = az[rows] if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
+    dx = dwv = dp = db = dbeta = None
+    blocks = path.row_blocks(x, h)
+    if need_x and len(blocks) > 1:
+        dx = x.new_empty(x.shape)
+    for rows in blocks:
+        b_x, b_dy = _block(x, rows), _block(dy, rows)
+        b_az = _block(az, rows) if az.numel() else composite.preactivations(b_x, w, v, b_w, b_v)
         if need_x or need_w or need_v or need_bw or need_bv or need_beta:
             dadz, hid, b_dbeta = path.gate_backward(b_dy, p, b_az, gate_of, need_p, need_beta)
             if hid is not None:
-                hid = hid if route is None else hid.mul_(route[rows])
+                hid = hid if route is None else hid.mul_(_block(route, rows))
                 dp = _plus_product(dp, b_dy, hid)
                 hid = None  # before the other gradients are allocated
             if dx is not None:
-                torch.mm(dadz[:, :h], w, out=dx[rows]).addmm_(dadz[:, h:], v)
+                _input_gradient(dadz, w, v, dx[rows])
+            elif need_x:
+                dx = _input_gradient(dadz, w, v)
             if route is not None:
-                dadz.view(-1, 2, h).mul_(route[rows, None])
+                dadz.view(-1, 2, h).mul_(_block(route, rows)[:, None])
             if need_w or need_v:
                 dwv = _plus_product(dwv, _needed_halves(dadz, need_w, need_v), b_x)
             if need_bw or need_bv:
@@ -322,7 +338,7 @@ def backward(
                 dbeta = _plus(dbeta, b_dbeta)
         elif need_p:
             hid = path.gate(b_az[:, :h], b_az[:, h:], gate_of)
-            dp = _plus_product(dp, b_dy, hid if route is None else hid.mul_(route[rows]))
+            dp = _plus_product(dp, b_dy, hid if route is None else hid.mul_(_block(route, rows)))
     if dbeta is not None and beta is not None:
         dbeta = dbeta.to(beta.dtype)
     return (
@@ -335,17 +351,32 @@ def backward(
     )
 
 
+def _input_gradient(dadz: Tensor, w: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """da w + dz v, as one product of packed weights."""
+    packed = composite.stacked(w, v)
+    if packed is not None:
+        return torch.mm(dadz, packed, out=out)
+    da, dz = dadz.chunk(2, 1)
+    return torch.mm(da, w, out=out).addmm_(dz, v)
+
+
+def _block(t: Tensor, rows: slice | None) -> Tensor:
+    return t if rows is None else t[rows]
+
+
 def _plus(total: Tensor | None, t: Tensor) -> Tensor:
     return t if total is None else total.add_(t)
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a^T b, without a matrix between."""
-    return a.t() @ b if total is None else total.addmm_(a.t(), b)
+    return torch.mm(a.t(), b) if total is None else total.addmm_(a.t(), b)
 
 
 def _needed_halves(pair: Tensor, first: bool, second: bool) -> Tensor:
     """The needed columns of [first | second]."""
+    if first and second:
+        return pair
     h = pair.shape[1] // 2
     return pair[:, 0 if first else h : 2 * h if second else h]
 
@@ -373,7 +404,10 @@ def unpack(
 
 
 def _halves(pair: Tensor, first: bool, second: bool) -> tuple[Tensor | None, Tensor | None]:
-    return pair[0] if first else None, pair[-1] if second else None
+    if first and second:
+        one, other = pair.unbind()
+        return one, other
+    return pair[0] if first else None, pair[0] if second else None
 
 
 def _reference(

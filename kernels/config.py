@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 import triton
+from torch import Tensor
 
 from bilinear_ops.kernels.records import (
     LIBRARY,
@@ -595,8 +596,15 @@ def warp_specialized(arch: str) -> bool:
 
     By the compiler's flag, which compiles these kernels for sm_100 alone, and from Triton 3.9 on: 3.6 crashes.
     """
+    if arch != "sm_100":
+        return False
     recent = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-    return arch == "sm_100" and recent and os.environ.get("BILINEAR_OPS_WARP_SPECIALIZE", "1") != "0"
+    return recent and os.environ.get("BILINEAR_OPS_WARP_SPECIALIZE", "1") != "0"
+
+
+def switches(t: Tensor) -> tuple[bool, bool]:
+    """The user's switches on which a launch on `t` depends."""
+    return t.dtype == torch.float32 and tf32_allowed(), warp_specialized(architecture(t.device))
 
 
 @cache

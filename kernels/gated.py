@@ -184,9 +184,9 @@ def gate_backward_kernel(
         tl.store(dbeta_ptr + tl.program_id(0), tl.sum(dbeta))
 
 
-def row_blocks(x: Tensor, h: int) -> list[slice]:
-    """The blocks of rows for which the backward is computed: one block of all rows."""
-    return [slice(0, x.shape[0])]
+def row_blocks(x: Tensor, h: int) -> list[slice | None]:
+    """The blocks of rows for which the backward is computed: one block of all rows, None."""
+    return [None]
 
 
 def gate_forward(
@@ -200,37 +200,52 @@ def gate_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """hid = gate(a, z) [M, h], and az = [a | z] [M, 2h] if `save`."""
     (m, d), h = x.shape, w.shape[0]
+    b_w, b_v = (None if b is None else b.contiguous() for b in (b_w, b_v))
+    numbers = _numbers(gate_of)
+    key = via.plan_key("gated_forward_kernel", x, (gate_of.activation, save), x, w, v, b_w, b_v, *numbers)
+    plan = config.LIBRARY if m * h == 0 else via.planned(key)
+    if plan is config.LIBRARY:
+        return _library_forward(x, w, v, b_w, b_v, gate_of, save)
+    hid = x.new_empty(m, h)
+    az = x.new_empty(m, 2 * h) if save else None
+    a, z = (None, None) if az is None else az.chunk(2, 1)
+    if isinstance(plan, via.Plan):
+        plan.launch(x, w, v, b_w, b_v, *numbers, hid, a, z)
+        return hid, az
     arch = config.architecture(x.device)
     descriptor = config.has_descriptors(arch) and via.describable(x, w, v) and h * x.itemsize % 16 == 0
-    b_w, b_v = (None if b is None else b.contiguous() for b in (b_w, b_v))
 
     def run(tile: Tile | None) -> tuple[Tensor, Tensor | None]:
         if tile is None:
-            both = preactivations(x, w, v, b_w, b_v)
-            return gate(*both.chunk(2, 1), gate_of), both if save else None
-        hid = x.new_empty(m, h)
-        az = x.new_empty(m, 2 * h) if save else None
-        a, z = (None, None) if az is None else az.chunk(2, 1)
+            via.keep(key, config.LIBRARY)
+            return _library_forward(x, w, v, b_w, b_v, gate_of, save)
         into = (tile.block_m, tile.block_n)
         weight = (tile.block_n, tile.block_k)
-        gated_forward_kernel[(via.programs(tile, m, h, x.device),)](
+        via.start(
+            key, tile, gated_forward_kernel, (via.programs(tile, m, h, x.device),),
             via.described(x, (tile.block_m, tile.block_k), descriptor), *x.stride(),
             via.described(w, weight, descriptor), *w.stride(),
             via.described(v, weight, descriptor), *v.stride(),
-            b_w, b_v, *_numbers(gate_of),
+            b_w, b_v, *numbers,
             via.described(hid, into, descriptor), h,
             via.described(a, into, descriptor), via.described(z, into, descriptor), 2 * h,
             m, h, d,
             ACTIVATION=gate_of.activation, PRECISION=via.precision(x.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_D=tile.block_k, GROUP_M=tile.group_m,
-            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch), **tile.launch(),
+            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch),
         )  # fmt: skip
         return hid, az
 
-    if m * h == 0:
-        return run(config.LIBRARY)
     tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, h, d, descriptor, config.processors(x.device))
     return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
+
+
+def _library_forward(
+    x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Tensor | None, gate_of: Gate, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Library GEMMs, and the gate as a kernel of its own."""
+    az = preactivations(x, w, v, b_w, b_v)
+    return gate(*az.chunk(2, 1), gate_of), az if save else None
 
 
 def _numbers(gate_of: Gate) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -242,16 +257,24 @@ def gate(a: Tensor, z: Tensor, gate_of: Gate) -> Tensor:
     """hid [M, h] from pre-activations [M, h] of any strides."""
     m, h = a.shape
     hid = a.new_empty(m, h)
+    if not m * h:
+        return hid
+    numbers = _numbers(gate_of)
+    key = via.plan_key("gate_kernel", a, (gate_of.activation,), a, z, *numbers)
+    plan = via.planned(key)
+    if isinstance(plan, via.Plan):
+        plan.launch(a, z, hid, *numbers)
+        return hid
 
     def run(tile: RowTile) -> None:
-        gate_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns),)](
-            a, *a.stride(), z, *z.stride(), hid, h, *_numbers(gate_of), m, h,
-            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
+        via.start(
+            key, tile, gate_kernel, (via.tiles(tile, m, h),),
+            a, *a.stride(), z, *z.stride(), hid, h, *numbers, m, h,
+            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns,
         )  # fmt: skip
 
-    if m * h:
-        tiles = config.tiles("gate_kernel", config.architecture(a.device), a.dtype)
-        via.launch("gate_kernel", a, (tuning.bucket(m), h), tiles, run)
+    tiles = config.tiles("gate_kernel", config.architecture(a.device), a.dtype)
+    via.launch("gate_kernel", a, (tuning.bucket(m), h), tiles, run)
     return hid
 
 
@@ -297,31 +320,45 @@ def _fused_backward(
 ) -> Tensor | None:
     """Write dadz and hid from dy [M, o]; return the tiles' parts of dbeta."""
     (m, o), h = dy.shape, p.shape[1]
-    (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
-    halves = az.view(m, 2, h), dadz.view(m, 2, h)
-    arch = config.architecture(az.device)
-    matrices = (dy, p, a, z, da, dz) + (() if hid is None else (hid,))
-    descriptor = config.has_descriptors(arch) and via.describable(*matrices)
+    numbers = _numbers(gate_of)
+    options = gate_of.activation, hid is None, need_beta
+    key = via.plan_key("gated_backward_kernel", az, options, dy, p, az, *numbers)
+    plan = via.planned(key)
+
+    def parts_of(tile: Tile) -> Tensor | None:
+        return az.new_empty(via.tiles(tile, m, h), dtype=torch.float32) if need_beta else None
 
     def run(tile: Tile | None) -> Tensor | None:
         if tile is None:
+            via.keep(key, config.LIBRARY)
             return _gate_parts(dy @ p, a, z, gate_of, da, dz, hid, need_beta)
         into = (tile.block_m, tile.block_n // SUBTILES.value)
-        tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(h, tile.block_n)
-        parts = az.new_empty(tiles, dtype=torch.float32) if need_beta else None
-        gated_backward_kernel[(via.programs(tile, m, h, az.device),)](
+        parts = parts_of(tile)
+        via.start(
+            key, tile, gated_backward_kernel, (via.programs(tile, m, h, az.device),),
             via.described(dy, (tile.block_m, tile.block_k), descriptor), *dy.stride(),
             via.described(p, (tile.block_k, tile.block_n), descriptor), *p.stride(),
             *(via.described(t, (into[0], 2, into[1]), descriptor) for t in halves), 2 * h,
             via.described(hid, into, descriptor), h,
-            parts, *_numbers(gate_of),
+            parts, *numbers,
             m, h, o,
             ACTIVATION=gate_of.activation, PRECISION=via.precision(az.dtype), DESCRIPTOR=descriptor,
             BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_O=tile.block_k, GROUP_M=tile.group_m,
-            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch), **tile.launch(),
+            WARP_SPECIALIZE=descriptor and config.warp_specialized(arch),
         )  # fmt: skip
         return parts
 
+    if isinstance(plan, via.Plan):
+        parts = parts_of(plan.tile)
+        plan.launch(dy, p, az, dadz, hid, parts, *numbers)
+        return parts
+    (a, z), (da, dz) = az.chunk(2, 1), dadz.chunk(2, 1)
+    if plan is config.LIBRARY:
+        return run(config.LIBRARY)
+    halves = az.view(m, 2, h), dadz.view(m, 2, h)
+    arch = config.architecture(az.device)
+    matrices = (dy, p, a, z, da, dz) + (() if hid is None else (hid,))
+    descriptor = config.has_descriptors(arch) and via.describable(*matrices)
     tiles = config.gated("gated_backward_kernel", arch, az.dtype, m, h, o, descriptor, config.processors(az.device))
     return via.launch("gated_backward_kernel", az, (tuning.bucket(m), h, o, descriptor), tiles, run)
 
@@ -331,16 +368,27 @@ def _gate_parts(
 ) -> Tensor | None:
     """Write da, dz, which have one row stride, and hid from dhid [M, h]; return the tiles' parts of dbeta."""
     m, h = dhid.shape
+    numbers = _numbers(gate_of)
+    options = gate_of.activation, need_beta
+    key = via.plan_key("gate_backward_kernel", a, options, dhid, a, z, da, dz, hid, *numbers)
+    plan = via.planned(key)
+
+    def parts_of(tile: RowTile) -> Tensor | None:
+        return a.new_empty(via.tiles(tile, m, h), dtype=torch.float32) if need_beta else None
 
     def run(tile: RowTile) -> Tensor | None:
-        tiles = triton.cdiv(m, tile.rows) * triton.cdiv(h, tile.columns)
-        parts = a.new_empty(tiles, dtype=torch.float32) if need_beta else None
-        gate_backward_kernel[(tiles,)](
+        parts = parts_of(tile)
+        via.start(
+            key, tile, gate_backward_kernel, (via.tiles(tile, m, h),),
             dhid, *dhid.stride(), a, *a.stride(), z, *z.stride(), da, dz, da.stride(0), hid, h,
-            parts, *_numbers(gate_of), m, h,
-            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns, **tile.launch(),
+            parts, *numbers, m, h,
+            ACTIVATION=gate_of.activation, BLOCK_M=tile.rows, BLOCK_H=tile.columns,
         )  # fmt: skip
         return parts
 
+    if isinstance(plan, via.Plan):
+        parts = parts_of(plan.tile)
+        plan.launch(dhid, a, z, da, dz, hid, parts, *numbers)
+        return parts
     tiles = config.tiles("gate_backward_kernel", config.architecture(a.device), a.dtype)
     return via.launch("gate_backward_kernel", a, (tuning.bucket(m), h), tiles, run)

@@ -1,24 +1,31 @@
-"""What the launchers share: operands as descriptors or pointers, program counts, the launch on the right device."""
+"""What the launchers share: operands as descriptors or pointers, program counts, the launch on the right device, and
+plans of launches, which spare the host all that it found out before."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bilinear_ops.kernels import config, tuning
-from bilinear_ops.kernels.records import Choice, Tile
+from bilinear_ops.kernels.records import Choice, RowTile, Tile
+from bilinear_ops.kernels.tile import INTERPRET
 
 T = TypeVar("T")
+Key: TypeAlias = tuple[object, ...]
+
+HERE = nullcontext()
+MOST_PLANS = 1024  # then all are forgotten: callers whose shapes never repeat must not fill the memory
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
     """Make the device of `t` current: Triton launches on the current device, wherever the tensors are."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(t.device)
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -55,10 +62,98 @@ def scalar(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.float32)
 
 
+def tiles(tile: Tile | RowTile, m: int, n: int) -> int:
+    """Tiles of an [m, n] output."""
+    rows, columns = (tile.block_m, tile.block_n) if isinstance(tile, Tile) else (tile.rows, tile.columns)
+    return -(-m // rows) * -(-n // columns)
+
+
 def programs(tile: Tile, m: int, n: int, device: torch.device) -> int:
     """Programs of a kernel that loops over the tiles of an [m, n] output."""
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    return min(tiles, config.processors(device) * tile.blocks_per_sm) if tile.blocks_per_sm else tiles
+    count = tiles(tile, m, n)
+    return min(count, config.processors(device) * tile.blocks_per_sm) if tile.blocks_per_sm else count
+
+
+class Plan:
+    """A launch of a compiled kernel with everything settled but the tensors.
+
+    A launch needs no binding of arguments, no choice of a tile and no check of descriptors. The descriptors of a plan
+    hold no tensor: each launch makes its own, for its own pointers.
+    """
+
+    def __init__(self, tile: Any, compiled: Any, grid: tuple[int, ...], arguments: Sequence[object]):
+        self.tile = tile
+        self.start = compiled[(*grid, 1, 1)[:3]]
+        self.arguments = list(arguments)
+        self.slots: list[tuple[int, dict[str, Any] | None]] = []  # of a tensor or a descriptor of one
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, Tensor | TensorDescriptor):
+                fields = None if isinstance(argument, Tensor) else {**vars(argument), "base": None}
+                self.slots.append((i, fields))
+                self.arguments[i] = None
+
+    def launch(self, *tensors: Any) -> None:
+        """Launch on these tensors, in the order of the kernel's arguments; those that are None are no argument."""
+        arguments = self.arguments.copy()
+        slots = iter(self.slots)
+        for t in tensors:
+            if t is not None:
+                i, fields = next(slots)
+                arguments[i] = t if fields is None else _descriptor(fields, t)
+        with on_device_of(tensors[0]):
+            self.start(*arguments)
+
+
+def _descriptor(fields: dict[str, Any], t: Tensor) -> TensorDescriptor:
+    """A descriptor of `t` with the fields of one that was validated."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields)
+    descriptor.base = t
+    return descriptor
+
+
+_plans: dict[Key, Plan | None] = {}
+UNPLANNED = "unplanned"
+
+
+def plan_key(choice: str, like: Tensor, options: Key, *tensors: Tensor | None) -> Key:
+    """All that a launch on the inputs `tensors` depends on; `options` say what is computed, saved and needed.
+
+    What a launcher allocates is aligned, and its layout follows from the inputs'.
+    """
+    # kernels are compiled for bases that are aligned to 16 bytes, or for any
+    layouts = [t if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors]
+    return choice, like.device, options, tuning.state(choice, like), config.switches(like), *layouts
+
+
+def planned(key: Key) -> Plan | str | None:
+    """The plan of a launch with this key, LIBRARY if it is left to PyTorch, UNPLANNED before the first launch."""
+    return _plans.get(key, UNPLANNED)
+
+
+def keep(key: Key, plan: Plan | None) -> None:
+    """Let later launches with this key follow the plan, or run PyTorch.
+
+    Not in the interpreter or of meta tensors, whose tables tests and static checks exchange.
+    """
+    if INTERPRET or key[1].type == "meta":
+        return
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+
+
+def forget_plans() -> None:
+    """Settle every launch anew, as after a change that no key holds."""
+    _plans.clear()
+
+
+def start(key: Key, tile: Any, kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: Any) -> None:
+    """Launch kernel[grid](*arguments, **constants) with the options of `tile`, and keep the plan of it."""
+    compiled = kernel[grid](*arguments, **constants, **tile.launch())
+    if compiled is not None:  # interpreted
+        rest = (constants[name] for name in kernel.arg_names[len(arguments) :])
+        keep(key, Plan(tile, compiled, grid, (*arguments, *rest)))
 
 
 def launch(

@@ -47,7 +47,7 @@ def preferred(
     """
     if kernel in _forced:
         return _forced[kernel]
-    measuring = _open or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
+    measuring = _measuring()
     if not (measuring or _chosen):
         return tiles
     key = _key(kernel, like, shape)
@@ -57,6 +57,15 @@ def preferred(
             return tiles
         _chosen[key] = _known_or_measured(key, candidates, run, like.device)
     return (_chosen[key], *tiles)
+
+
+def state(kernel: str, like: Tensor) -> tuple[object, ...]:
+    """On which a choice of `preferred` depends beside its arguments; tiles once chosen stay."""
+    return _forced.get(kernel), len(_chosen), _measuring() and not _capturing(like)
+
+
+def _measuring() -> bool:
+    return _open > 0 or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
 
 
 def bucket(n: int) -> int:

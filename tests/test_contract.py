@@ -307,3 +307,28 @@ def test_nothing_depends_on_the_default_dtype(name, impl):
             torch.set_default_dtype(torch.float32)
     for expected, got in zip(*results, strict=True):
         assert torch.equal(got, expected) and got.dtype == torch.float32
+
+
+def test_a_profiler_sees_the_ops_of_a_direct_call():
+    """A plain call goes past the dispatcher, where a profiler would not find the op's name."""
+    tensors = [t.requires_grad_() for t in inputs()]
+    with torch.profiler.profile() as found:
+        bo.gated_mlp(*tensors, activation="silu", impl="torch").sum().backward()
+    names = {event.name for event in found.events()}
+    assert {"bilinear_ops::gated", "bilinear_ops::gated_backward"} <= names
+
+
+@pytest.mark.parametrize("impl", ("torch", "triton"))
+def test_a_lazily_negated_tensor_is_resolved(impl):
+    x, *weights = inputs()
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    y = bo.gated_mlp(negated, *weights, activation="silu", impl=impl)
+    assert torch.equal(y, bo.gated_mlp(negated.resolve_neg(), *weights, activation="silu", impl=impl))
+    leaf = x.clone().requires_grad_()
+    dy = torch._neg_view(torch.ones_like(y))
+    (dx,) = torch.autograd.grad(bo.gated_mlp(leaf, *weights, activation="silu", impl=impl), leaf, dy)
+    (expected,) = torch.autograd.grad(
+        bo.gated_mlp(leaf, *weights, activation="silu", impl=impl), leaf, -torch.ones_like(y)
+    )
+    assert torch.equal(dx, expected)

@@ -6,10 +6,11 @@ from itertools import cycle
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilinear_ops as bo
-from bilinear_ops import testing
-from bilinear_ops.composite.gated import row_blocks
+from bilinear_ops import gated, testing
+from bilinear_ops.composite.gated import preactivations, row_blocks
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.results import ACTIVATIONS
 from bilinear_ops.testing import randn
@@ -267,3 +268,64 @@ def test_no_block_of_a_few_rows_is_left_over(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     heights = [rows.stop - rows.start for rows in row_blocks(torch.empty(2048, 3), 5)]
     assert len(heights) == 7 and sum(heights) == 2048 and min(heights) >= 290
+
+
+def packed_weights(how):
+    """w, v and biases that lie side by side, or nearly so."""
+    both, other, biases = randn(12, 4), randn(12, 4), randn(12)
+    if how == "transposed":
+        both = both.t().contiguous().t()
+    w, v = {
+        "swapped": lambda: (both[6:], both[:6]),
+        "interleaved": lambda: (both[::2], both[1::2]),
+        "overlapping": lambda: (both[:6], both[5:11]),
+        "two storages": lambda: (both[:6], other[6:]),
+        "shared": lambda: (both[:6], both[:6]),
+        "other strides": lambda: (both[:6], both.view(-1)[24:].view(4, 6).t()),
+    }.get(how, lambda: both.chunk(2))()
+    return w, v, biases[:6], biases[6:] if how != "apart biases" else randn(6)
+
+
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize(
+    "how",
+    ("packed", "transposed", "swapped", "interleaved", "overlapping", "two storages", "shared", "other strides"),
+)
+def test_packed_weights_are_one_product(how, biased):
+    w, v, b_w, b_v = packed_weights(how)
+    x, dadz = randn(5, 4), randn(5, 12)
+    biases = (b_w, b_v) if biased else (None, None)
+    expected = torch.cat([torch.nn.functional.linear(x, t, b) for t, b in zip((w, v), biases, strict=True)], 1)
+    count = 1 if how in ("packed", "transposed") else 2
+    with Products() as products:
+        found = preactivations(x, w, v, *biases)
+    torch.testing.assert_close(found, expected)
+    assert len(products.found) == count
+    with Products() as products:
+        dx = gated._input_gradient(dadz, w, v)
+    torch.testing.assert_close(dx, dadz[:, :6] @ w + dadz[:, 6:] @ v)
+    assert len(products.found) == count
+
+
+def test_biases_of_packed_weights_that_lie_apart():
+    w, v, b_w, b_v = packed_weights("apart biases")
+    x = randn(5, 4)
+    expected = torch.cat((torch.nn.functional.linear(x, w, b_w), torch.nn.functional.linear(x, v, b_v)), 1)
+    with Products() as products:
+        found = preactivations(x, w, v, b_w, b_v)
+    torch.testing.assert_close(found, expected)
+    assert len(products.found) == 2
+    torch.testing.assert_close(preactivations(x, w, v, b_w, None)[:, 6:], x @ v.t())
+
+
+class Products(TorchDispatchMode):
+    """The matrix products that PyTorch computes within."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))

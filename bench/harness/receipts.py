@@ -18,7 +18,7 @@ from bench.harness.measuring import Result
 from bench.harness.timing import Timing
 
 SCHEMA = 1
-KINDS = ("measured", "interpreted", "modelled")  # timed; checked in the interpreter; computed by a model
+KINDS = ("measured", "interpreted", "modelled", "host, stubbed driver")
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 

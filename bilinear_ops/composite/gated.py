@@ -35,16 +35,16 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def row_blocks(x: Tensor, h: int) -> list[slice]:
+def row_blocks(x: Tensor, h: int) -> list[slice | None]:
     """Rows of x for which the backward is computed at a time; on CPU few, so that its temporaries stay small.
 
-    All in half precision: there every block would round the sums over rows once more. Blocks have
+    All, None, in half precision: there every block would round the sums over rows once more. Blocks have
     nearly one height: the library's product of a few rows that are left over sums less accurately.
     """
     m = x.shape[0]
     rows = max(limits.gradient_bytes // max(2 * h * x.itemsize, 1), limits.gradient_rows) * torch.get_num_threads()
     if m <= rows or x.itemsize < 4 or x.device.type != "cpu":
-        return [slice(0, m)]
+        return [None]
     return [slice(a, b) for a, b in blocks(m, 1, math.ceil(m / math.ceil(m / rows)))]
 
 
@@ -64,7 +64,17 @@ def gate_forward(
 
 
 def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Tensor | None) -> Tensor:
-    """[a | z] = [x w^T + b_w | x v^T + b_v]  [M, 2h]: two library GEMMs into one buffer; no weight is copied."""
+    """[a | z] = [x w^T + b_w | x v^T + b_v]  [M, 2h]: one library GEMM of packed weights, or two into one buffer.
+
+    No weight is copied.
+    """
+    packed = stacked(w, v)
+    if packed is not None and b_w is None and b_v is None:
+        return torch.mm(x, packed.t())
+    if packed is not None and b_w is not None and b_v is not None:
+        biases = stacked(b_w, b_v)
+        if biases is not None:
+            return torch.addmm(biases, x, packed.t())
     h = w.shape[0]
     az = x.new_empty(x.shape[0], 2 * h)
     for out, weight, bias in ((az[:, :h], w, b_w), (az[:, h:], v, b_v)):
@@ -73,6 +83,17 @@ def preactivations(x: Tensor, w: Tensor, v: Tensor, b_w: Tensor | None, b_v: Ten
         else:
             torch.addmm(bias, x, weight.t(), out=out)
     return az
+
+
+def stacked(first: Tensor, second: Tensor) -> Tensor | None:
+    """[first; second] where both lie like that in one storage, as the halves of a packed weight do: a view of it."""
+    step = first.stride(0)
+    if not (step > 0 and second.stride() == first.stride() and second.shape == first.shape and first.numel()):
+        return None
+    apart = second.storage_offset() - first.storage_offset()
+    if apart != first.shape[0] * step or first.untyped_storage()._cdata != second.untyped_storage()._cdata:
+        return None
+    return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
 
 
 def gate(a: Tensor, z: Tensor, gate_of: Gate) -> Tensor:
