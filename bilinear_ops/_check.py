@@ -79,15 +79,14 @@ def is_plain_layer(
 
     By comparisons that cost a small call less.
     """
-    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN):
-        return False
+    if not (type(x) in PLAIN and type(w) in PLAIN and type(v) in PLAIN) or x.is_nested or w.is_nested or v.is_nested:
+        return False  # nested tensors have no shape
     dtype, rows, shape = x.dtype, x.shape, w.shape
     if not (
         dtype in DTYPES and w.dtype is dtype and v.dtype is dtype
         and len(shape) == 2 and v.shape == shape and rows and rows[-1] == shape[1]
         and x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED
         and (x.is_cpu and w.is_cpu and v.is_cpu or x.is_cuda and x.device == w.device == v.device)
-        and not x.is_nested
         and (b_w is None or _is_plain_like(b_w, x) and b_w.shape == shape[:1])
         and (b_v is None or _is_plain_like(b_v, x) and b_v.shape == shape[:1])
     ):  # fmt: skip
@@ -110,6 +109,7 @@ def _is_plain_like(t: Tensor, x: Tensor) -> bool:
         type(t) in PLAIN
         and t.dtype is x.dtype
         and t.layout is STRIDED
+        and not t.is_nested
         and (t.is_cpu and x.is_cpu or t.device == x.device)
     )
 
