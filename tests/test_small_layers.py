@@ -181,6 +181,31 @@ def test_jit_trace(bounded):
     torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("transform", ("jvp", "vmap", "grad", "forward AD"))
+def test_transforms(transform, monkeypatch):
+    """The reference at every size: a registered op would have no tangent there."""
+    module, x, t = layer(), randn(3, M, D), randn(3, M, D)
+    runs = {
+        "jvp": lambda: torch.func.jvp(module, (x,), (t,)),
+        "vmap": lambda: (torch.func.vmap(module)(x),),
+        "grad": lambda: (torch.func.grad(lambda x: module(x).square().sum())(x),),
+    }
+
+    def forward_ad():
+        with torch.autograd.forward_ad.dual_level():
+            y = module(torch.autograd.forward_ad.make_dual(x, t))
+            return tuple(torch.autograd.forward_ad.unpack_dual(y))
+
+    found = []
+    for bound in (math.inf, -1):
+        monkeypatch.setattr(limits, "small_on_cpu", bound)
+        found.append(runs.get(transform, forward_ad)())
+    for small, large in zip(*found, strict=True):
+        assert small is not None
+        torch.testing.assert_close(small, large)
+
+
 class Marked(torch.Tensor):
     """A subclass that PyTorch's functions keep."""
 
