@@ -70,8 +70,8 @@ def small_limits(monkeypatch):
     sizes = {
         "block": 12, "cached_bytes": 100, "gradient_bytes": 1, "gradient_rows": 3, "khatri_rao": 30, "pair_rows": 2,
         "product": 12, "loop_max": 3, "scores": 24, "matrices": 110, "candidates": 2, "at_once": -1, "features": 0,
-        "eigenvectors": 8, "neurons": 2, "gram_neurons": 2, "draws": 6, "device_draws": 6, "slab": 24, "band": 10,
-        "active_rows": 20, "kept_masks": -1, "ranked": 110,
+        "sorted": 24, "eigenvectors": 8, "neurons": 2, "gram_neurons": 2, "draws": 6, "device_draws": 6, "slab": 24,
+        "band": 10, "active_rows": 20, "kept_masks": -1, "ranked": 110,
         "gate_elements": 8, "gate_columns": 4,
         "small_on_cpu": -1,
     }  # fmt: skip

@@ -112,3 +112,14 @@ def test_a_mistake_is_noticed_and_undone(tmp_path: Path) -> None:
     (tmp_path / "test_m.py").write_text(weaker)
     assert not mutate.noticed(sites["comparison"], list(names), tmp_path)
     assert (tmp_path / "m.py").read_text() == "def f(a):\n    return a < 3\n"
+
+
+@pytest.mark.slow
+def test_a_file_that_is_skipped_has_no_records(tmp_path: Path) -> None:
+    pytest.importorskip("coverage")
+    skipped, fails = tmp_path / "test_skipped.py", tmp_path / "test_fails.py"
+    skipped.write_text('import pytest\n\npytest.importorskip("no_such_module")\n\n\ndef test_it(): pass\n')
+    fails.write_text("def test_it(): assert False\n")
+    assert mutate.records([skipped.name], tmp_path) == {}
+    with pytest.raises(RuntimeError, match="the tests fail without any mistake"):
+        mutate.records([fails.name], tmp_path)

@@ -30,6 +30,7 @@ class Limits:
     matrices: int = 1 << 24  # of the interaction matrices held at a time: 64 MB in fp32
     ranked: int = 1 << 20  # of those held beside a tile of scores on CPU: 4 MB in fp32
     at_once: int = 1 << 20  # of the largest intermediate of a ranking that is one sort: streamed, calls cost more
+    sorted: int = 1 << 18  # of such a ranking held at a time: one matrix of 256 features as a loop over outputs does
     candidates: int = 1 << 12  # of a ranking offered before they are sorted into what is kept
     features: int = 1 << 25  # up to which W D [h, F] is formed whole rather than row by row
     eigenvectors: int = 1 << 20  # gathered at a time: 4 MB in fp32, which stays in the cache

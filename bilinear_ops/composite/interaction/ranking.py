@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilinear_ops.composite.blockwise import blocks, widen
+from bilinear_ops.composite.blockwise import blocks, items_per_block, widen
 from bilinear_ops.composite.interaction.entries import interaction_diagonal
 from bilinear_ops.composite.interaction.matrices import products, tile_shape, two_stage
 from bilinear_ops.composite.limits import limits
@@ -32,52 +32,83 @@ def ranked_at_once(
     score: str,
     scope: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`interaction_topk` of a small layer on CPU, all pairs in one sort: calls cost more than arithmetic there.
+    """`interaction_topk` of a small layer on CPU, all pairs of some outputs in one sort: calls cost more there.
 
     None for larger layers, and where equal ranks or NaN leave an order that the sort does not decide.
     """
     (h, d), outputs = w.shape, (c if u is None else u).shape[0]
     features = d if basis is None else basis.shape[1]
-    most = features if score == "self" else features * features  # ranks of an output
-    if scope == "global":
-        most *= outputs
-    if not w.is_cpu or min(h, d, n) == 0 or n >= most:
+    pairs = features if score == "self" else features * (features - 1) // 2
+    if not w.is_cpu or min(h, d, n, outputs) == 0 or n >= pairs * (outputs if scope == "global" else 1):
         return None
     if outputs * max(d, features) * max(h, d, features) > limits.at_once:
         return None
     dtype = w.dtype
     if dtype.itemsize < 4:
         w, v, c, u, basis = widen(w, v, c, u, basis)
-    scaled = (c if u is None else u @ c).unsqueeze(1) * w.t().contiguous()  # [K, d, h]
-    q = scaled.view(-1, h).mm(v).view(outputs, d, d)
-    del scaled
-    if basis is not None:
-        q = basis.t() @ q @ basis
-    values = q + q.mT
+    held = d * h + 2 * features * features + (0 if basis is None else d * features)
+    least = max(items_per_block(held, limits.sorted), n // pairs + 1 if scope == "global" else 1)
+    parts = max(outputs // least, 1)  # each of at least so many outputs, which have more than n pairs
+    rows, found = w.t().contiguous(), []
+    for number in range(parts):
+        start, stop = outputs * number // parts, outputs * (number + 1) // parts
+        part = c[start:stop] if u is None else u[start:stop] @ c
+        # no name here holds the matrices, which the ranking lets go
+        best = _best_at_once(_twice_matrices(rows, v, part, basis), start, weight, n, score, scope)
+        if best is None:
+            return None
+        found.append(best)
+    values, _, *places = found[0]
+    if len(found) > 1:
+        values, rank, *places = (torch.cat(several) for several in zip(*found, strict=True))
+        if scope == "global":
+            first, order = rank.topk(n + 1)
+            if not (first[1:] < first[:-1]).all():
+                return None
+            values, *places = (t[order[:n]] for t in (values, *places))
+    k, i, j = places
+    return values.to(dtype), k, i, j
+
+
+def _twice_matrices(rows: Tensor, v: Tensor, c: Tensor, basis: Tensor | None) -> Tensor:
+    """2 Q_k of some outputs; rows = W^T. In a basis their two triangles differ by rounding, and one is ranked."""
+    d, h = rows.shape
+    q = (c.unsqueeze(1) * rows).view(-1, h).mm(v).view(-1, d, d)
+    q = q + q.mT
+    return q if basis is None else basis.t() @ q @ basis
+
+
+def _best_at_once(
+    values: Tensor, first: int, weight: Weight, n: int, score: str, scope: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """(values, rank, k, i, j) of the outputs from `first` on; `values` are twice their matrices, and are changed."""
+    outputs, features, _ = values.shape
     if score in ("self", "entry"):
         values *= 0.5
     elif score == "pair":  # Q_ii counts once where 2 Q_ij counts both triangles
         values.diagonal(dim1=1, dim2=2).mul_(0.5)
     if weight is None:
         rank = values.abs()
+    elif isinstance(weight, Tensor):
+        rank = (values * (weight if weight.dim() == 2 else weight[first : first + outputs])).abs_()
     else:
-        scale = weight if isinstance(weight, Tensor) else torch.stack([weight(k) for k in range(outputs)])
-        rank = (values * scale).abs_()
+        rank = (values * torch.stack([weight(k) for k in range(first, first + outputs)])).abs_()
     if score == "self":
         values, rank = values.diagonal(dim1=1, dim2=2), rank.diagonal(dim1=1, dim2=2)
     else:
         rank = rank.triu_(int(score == "cross"))  # what is not ranked ties at 0 with the rest of its kind
-    first = 0 if scope == "global" else 1
-    best, place = rank.flatten(first).topk(n + 1)
+    dim, most = (0, rank[0].numel()) if scope == "global" else (1, 0)
+    best, place = rank.flatten(dim).topk(n + 1)
     if not (best[..., 1:] < best[..., :-1]).all():
         return None
-    place = place[..., :n].contiguous()
-    values = values.flatten(first).gather(-1, place).to(dtype)
+    place = place[..., :n]
+    values = values.flatten(dim).gather(-1, place)
     if scope == "global":
-        k, place = place // (most // outputs), place % (most // outputs)
+        k, place = first + place // most, place % most
     else:
-        k = torch.arange(outputs * n).view(outputs, n) // n
-    return (values, k, place, place.clone()) if score == "self" else (values, k, place // features, place % features)
+        k = torch.arange(first * n, (first + outputs) * n).view(outputs, n) // n
+    i, j = (place.contiguous(), place.clone()) if score == "self" else (place // features, place % features)
+    return values, best[..., :n], k, i, j
 
 
 class _Tile(NamedTuple):
