@@ -267,6 +267,21 @@ KERNELS = {
             Rejected("sm_120", torch.float32, Tile(128, 128, 32, 8, 2)),
         ),
     ),
+    # fp32 alone: half precision is widened
+    "interaction_moments_kernel": Kernel(
+        tiles={
+            arch: {tile: Compiled(f"{arch} interaction_moments_kernel [float32 K=512]", "registers", registers)}
+            for arch, tile, registers in (
+                ("sm_80", PairTile(8, 16, 64, 32, 8, 3), 168),
+                ("sm_90", PairTile(8, 16, 128, 64, 8, 3), 240),
+                ("sm_100", PairTile(8, 16, 128, 64, 8, 3), 213),
+                ("sm_120", PairTile(8, 16, 64, 32, 8, 2), 239),
+                ("gfx942", PairTile(8, 16, 64, 32, 4, 2), 176),
+            )
+        },
+        interpreted=PairTile(16, 16, 32, 32, 4, 1),
+        candidates=(PairTile(8, 16, 128, 64, 8, 3), PairTile(8, 16, 64, 64, 8, 3), PairTile(8, 16, 64, 32, 4, 3)),
+    ),
     # a tile of a direction's gradient and its mirror image
     "interaction_strips_kernel": Kernel(
         tiles={
@@ -509,6 +524,16 @@ def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tupl
     computed = {t: _cdiv(directions, t.block_k) * t.block_k for t in pairs}
     best = min(pairs, key=lambda t: (computed[t], -t.block_k))
     return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
+
+
+def streams_moments(arch: str, dtype: torch.dtype, directions: int, h: int, d: int, features: int) -> bool:
+    """Whether moments are summed tile by tile of pairs: where the matrices too are formed by pairs, and few features.
+
+    A pair of features takes h products for each direction, while the matrix of the inputs takes h for a pair of these
+    and D^T Q_k D another 2 d^2 F + d F^2 for a basis D [d, F].
+    """
+    by_pairs = isinstance(interaction_matrices(arch, dtype, directions)[0], PairTile)
+    return by_pairs and (features == d or h * features**2 <= h * d**2 + 2 * d**2 * features + d * features**2)
 
 
 def interaction_pairs(arch: str, dtype: torch.dtype, directions: int) -> bool:
