@@ -68,7 +68,11 @@ KERNELS = {
                 ),
             },
             "sm_90": {
-                Tile(128, 128, 64, 8, 3): Modelled("sm_90 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", 1.0),
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 gated_forward_kernel, bfloat16 128x2x128x64 aligned, M=16384 D=1024 O=1024 H=4096",
+                    0.000321,
+                    0.000535,
+                ),
                 Tile(128, 64, 64, 4, 3, blocks_per_sm=2): Compiled(  # two blocks fit
                     "sm_90 gated_forward_kernel [bfloat16 128x2x64x64 aligned]", "shared", 114712
                 ),
@@ -185,8 +189,12 @@ KERNELS = {
                 )
             },
             "sm_90": {
-                PairTile(8, 16, 256, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=512 full]", 1.0),
-                PairTile(8, 16, 128, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=128 full]", 0.757),
+                PairTile(8, 16, 256, 64, 8, 3): Modelled(
+                    "sm_90 interaction_pairs_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.000714, 0.00119
+                ),
+                PairTile(8, 16, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_pairs_kernel, bfloat16 K=128 full, K=64 D=2048 H=8192", 0.00613, 0.0102
+                ),
             },
             "sm_100": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
@@ -234,7 +242,9 @@ KERNELS = {
                 )
             },
             "sm_90": {
-                Tile(128, 128, 64, 8, 3): Modelled("sm_90 interaction_direction_kernel [bfloat16 K=8 full]", 1.0)
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_direction_kernel, bfloat16 K=8 full, GRID_1=10 D=784 H=1024", 2.49e-05, 4.15e-05
+                )
             },
             "sm_100": {
                 Tile(64, 64, 64, 4, 3): Compiled(
@@ -295,16 +305,24 @@ KERNELS = {
     # neurons by directions; the pairs' factor is made in registers
     "interaction_coefficients_kernel": Kernel(
         tiles={
-            arch: {
-                tile: Compiled(f"{arch} interaction_coefficients_kernel [bfloat16 K=512 full]", "registers", registers)
-            }
-            for arch, tile, registers in (
-                ("sm_80", Tile(128, 128, 32, 8, 3), 209),
-                ("sm_90", Tile(128, 256, 64, 8, 3), 244),
-                ("sm_100", Tile(128, 256, 64, 8, 3), 255),
-                ("sm_120", Tile(128, 128, 32, 8, 2), 215),
-                ("gfx942", Tile(128, 128, 32, 8, 2), 115),
-            )
+            "sm_90": {
+                Tile(128, 256, 64, 8, 3): Modelled(
+                    "sm_90 interaction_coefficients_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.000512, 0.000853
+                )
+            },
+            **{
+                arch: {
+                    tile: Compiled(
+                        f"{arch} interaction_coefficients_kernel [bfloat16 K=512 full]", "registers", registers
+                    )
+                }
+                for arch, tile, registers in (
+                    ("sm_80", Tile(128, 128, 32, 8, 3), 209),
+                    ("sm_100", Tile(128, 256, 64, 8, 3), 255),
+                    ("sm_120", Tile(128, 128, 32, 8, 2), 215),
+                    ("gfx942", Tile(128, 128, 32, 8, 2), 115),
+                )
+            },
         },
         interpreted=Tile(32, 32, 256, 4, 1),
         fp32={
@@ -330,14 +348,22 @@ KERNELS = {
     # neurons by pairs, of which one block at a time meets all directions
     "interaction_weights_kernel": Kernel(
         tiles={
-            arch: {tile: Compiled(f"{arch} interaction_weights_kernel [bfloat16 K=512 full]", "registers", registers)}
-            for arch, tile, registers in (
-                ("sm_80", Tile(64, 64, 32, 4, 3), 247),
-                ("sm_90", Tile(128, 128, 64, 8, 3), 255),
-                ("sm_100", Tile(128, 64, 64, 8, 3), 228),
-                ("sm_120", Tile(64, 64, 32, 4, 3), 246),
-                ("gfx942", Tile(128, 128, 32, 8, 2), 180),
-            )
+            "sm_90": {
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_weights_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.00113, 0.00188
+                )
+            },
+            **{
+                arch: {
+                    tile: Compiled(f"{arch} interaction_weights_kernel [bfloat16 K=512 full]", "registers", registers)
+                }
+                for arch, tile, registers in (
+                    ("sm_80", Tile(64, 64, 32, 4, 3), 247),
+                    ("sm_100", Tile(128, 64, 64, 8, 3), 228),
+                    ("sm_120", Tile(64, 64, 32, 4, 3), 246),
+                    ("gfx942", Tile(128, 128, 32, 8, 2), 180),
+                )
+            },
         },
         interpreted=Tile(32, 256, 32, 4, 1),
         fp32={
@@ -406,7 +432,7 @@ KERNELS = {
     # one weight at a time: a tile of it, the gated operand made in registers
     "accumulate_kernel": Kernel(
         tiles={
-            "sm_90": {Tile(128, 128, 64, 8, 3): Modelled("sm_90 accumulate_kernel [bfloat16]", 0.952)},
+            "sm_90": {Tile(128, 128, 64, 8, 3): Compiled("sm_90 accumulate_kernel [bfloat16]", "tensor", 0.952)},
             "sm_100": {Tile(128, 128, 64, 8, 3): Compiled("sm_100 accumulate_kernel [bfloat16]", "registers", 150)},
             "any": {Tile(128, 128, 32, 8, 2): Compiled("sm_80 accumulate_kernel [bfloat16]", "resident", 2)},
         },
@@ -430,7 +456,9 @@ KERNELS = {
                 )
             },
             "any": {
-                Tile(128, 64, 64, 8, 3): Modelled("sm_90 accumulate_backward_kernel [bfloat16 gates and write]", 1.0)
+                Tile(128, 64, 64, 8, 3): Compiled(
+                    "sm_90 accumulate_backward_kernel [bfloat16 gates and write]", "tensor", 1.0
+                )
             },
         },
         interpreted=Tile(32, 32, 32, 4, 1),
