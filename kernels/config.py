@@ -69,7 +69,11 @@ KERNELS = {
                 ),
             },
             "sm_90": {
-                Tile(128, 128, 64, 8, 3): Modelled("sm_90 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", 1.0),
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 gated_forward_kernel, bfloat16 128x2x128x64 aligned, M=16384 D=1024 O=1024 H=4096",
+                    0.000321,
+                    0.000535,
+                ),
                 Tile(128, 64, 64, 4, 3, blocks_per_sm=2): Compiled(  # two blocks fit
                     "sm_90 gated_forward_kernel [bfloat16 128x2x64x64 aligned]", "shared", 114712
                 ),
@@ -186,8 +190,12 @@ KERNELS = {
                 )
             },
             "sm_90": {
-                PairTile(8, 16, 256, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=512 full]", 1.0),
-                PairTile(8, 16, 128, 64, 8, 3): Modelled("sm_90 interaction_pairs_kernel [bfloat16 K=128 full]", 0.757),
+                PairTile(8, 16, 256, 64, 8, 3): Modelled(
+                    "sm_90 interaction_pairs_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.000714, 0.00119
+                ),
+                PairTile(8, 16, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_pairs_kernel, bfloat16 K=128 full, K=64 D=2048 H=8192", 0.00613, 0.0102
+                ),
             },
             "sm_100": {
                 PairTile(8, 16, 128, 64, 8, 3): Compiled(
@@ -235,7 +243,9 @@ KERNELS = {
                 )
             },
             "sm_90": {
-                Tile(128, 128, 64, 8, 3): Modelled("sm_90 interaction_direction_kernel [bfloat16 K=8 full]", 1.0)
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_direction_kernel, bfloat16 K=8 full, GRID_1=10 D=784 H=1024", 2.49e-05, 4.15e-05
+                )
             },
             "sm_100": {
                 Tile(64, 64, 64, 4, 3): Compiled(
@@ -268,6 +278,21 @@ KERNELS = {
             Rejected("sm_120", torch.float32, Tile(128, 128, 32, 8, 2)),
         ),
     ),
+    # fp32 alone: half precision is widened
+    "interaction_moments_kernel": Kernel(
+        tiles={
+            arch: {tile: Compiled(f"{arch} interaction_moments_kernel [float32 K=512]", "registers", registers)}
+            for arch, tile, registers in (
+                ("sm_80", PairTile(8, 16, 64, 32, 8, 3), 168),
+                ("sm_90", PairTile(8, 16, 128, 64, 8, 3), 240),
+                ("sm_100", PairTile(8, 16, 128, 64, 8, 3), 213),
+                ("sm_120", PairTile(8, 16, 64, 32, 8, 2), 239),
+                ("gfx942", PairTile(8, 16, 64, 32, 4, 2), 176),
+            )
+        },
+        interpreted=PairTile(16, 16, 32, 32, 4, 1),
+        candidates=(PairTile(8, 16, 128, 64, 8, 3), PairTile(8, 16, 64, 64, 8, 3), PairTile(8, 16, 64, 32, 4, 3)),
+    ),
     # a tile of a direction's gradient and its mirror image
     "interaction_strips_kernel": Kernel(
         tiles={
@@ -281,16 +306,24 @@ KERNELS = {
     # neurons by directions; the pairs' factor is made in registers
     "interaction_coefficients_kernel": Kernel(
         tiles={
-            arch: {
-                tile: Compiled(f"{arch} interaction_coefficients_kernel [bfloat16 K=512 full]", "registers", registers)
-            }
-            for arch, tile, registers in (
-                ("sm_80", Tile(128, 128, 32, 8, 3), 209),
-                ("sm_90", Tile(128, 256, 64, 8, 3), 244),
-                ("sm_100", Tile(128, 256, 64, 8, 3), 255),
-                ("sm_120", Tile(128, 128, 32, 8, 2), 215),
-                ("gfx942", Tile(128, 128, 32, 8, 2), 115),
-            )
+            "sm_90": {
+                Tile(128, 256, 64, 8, 3): Modelled(
+                    "sm_90 interaction_coefficients_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.000512, 0.000853
+                )
+            },
+            **{
+                arch: {
+                    tile: Compiled(
+                        f"{arch} interaction_coefficients_kernel [bfloat16 K=512 full]", "registers", registers
+                    )
+                }
+                for arch, tile, registers in (
+                    ("sm_80", Tile(128, 128, 32, 8, 3), 209),
+                    ("sm_100", Tile(128, 256, 64, 8, 3), 255),
+                    ("sm_120", Tile(128, 128, 32, 8, 2), 215),
+                    ("gfx942", Tile(128, 128, 32, 8, 2), 115),
+                )
+            },
         },
         interpreted=Tile(32, 32, 256, 4, 1),
         fp32={
@@ -316,14 +349,22 @@ KERNELS = {
     # neurons by pairs, of which one block at a time meets all directions
     "interaction_weights_kernel": Kernel(
         tiles={
-            arch: {tile: Compiled(f"{arch} interaction_weights_kernel [bfloat16 K=512 full]", "registers", registers)}
-            for arch, tile, registers in (
-                ("sm_80", Tile(64, 64, 32, 4, 3), 247),
-                ("sm_90", Tile(128, 128, 64, 8, 3), 255),
-                ("sm_100", Tile(128, 64, 64, 8, 3), 228),
-                ("sm_120", Tile(64, 64, 32, 4, 3), 246),
-                ("gfx942", Tile(128, 128, 32, 8, 2), 180),
-            )
+            "sm_90": {
+                Tile(128, 128, 64, 8, 3): Modelled(
+                    "sm_90 interaction_weights_kernel, bfloat16 K=512 full, K=512 D=784 H=2048", 0.00113, 0.00188
+                )
+            },
+            **{
+                arch: {
+                    tile: Compiled(f"{arch} interaction_weights_kernel [bfloat16 K=512 full]", "registers", registers)
+                }
+                for arch, tile, registers in (
+                    ("sm_80", Tile(64, 64, 32, 4, 3), 247),
+                    ("sm_100", Tile(128, 64, 64, 8, 3), 228),
+                    ("sm_120", Tile(64, 64, 32, 4, 3), 246),
+                    ("gfx942", Tile(128, 128, 32, 8, 2), 180),
+                )
+            },
         },
         interpreted=Tile(32, 256, 32, 4, 1),
         fp32={
@@ -392,7 +433,7 @@ KERNELS = {
     # one weight at a time: a tile of it, the gated operand made in registers
     "accumulate_kernel": Kernel(
         tiles={
-            "sm_90": {Tile(128, 128, 64, 8, 3): Modelled("sm_90 accumulate_kernel [bfloat16]", 0.952)},
+            "sm_90": {Tile(128, 128, 64, 8, 3): Compiled("sm_90 accumulate_kernel [bfloat16]", "tensor", 0.952)},
             "sm_100": {Tile(128, 128, 64, 8, 3): Compiled("sm_100 accumulate_kernel [bfloat16]", "registers", 150)},
             "any": {Tile(128, 128, 32, 8, 2): Compiled("sm_80 accumulate_kernel [bfloat16]", "resident", 2)},
         },
@@ -416,7 +457,9 @@ KERNELS = {
                 )
             },
             "any": {
-                Tile(128, 64, 64, 8, 3): Modelled("sm_90 accumulate_backward_kernel [bfloat16 gates and write]", 1.0)
+                Tile(128, 64, 64, 8, 3): Compiled(
+                    "sm_90 accumulate_backward_kernel [bfloat16 gates and write]", "tensor", 1.0
+                )
             },
         },
         interpreted=Tile(32, 32, 32, 4, 1),
@@ -510,6 +553,16 @@ def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tupl
     computed = {t: _cdiv(directions, t.block_k) * t.block_k for t in pairs}
     best = min(pairs, key=lambda t: (computed[t], -t.block_k))
     return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
+
+
+def streams_moments(arch: str, dtype: torch.dtype, directions: int, h: int, d: int, features: int) -> bool:
+    """Whether moments are summed tile by tile of pairs: where the matrices too are formed by pairs, and few features.
+
+    A pair of features takes h products for each direction, while the matrix of the inputs takes h for a pair of these
+    and D^T Q_k D another 2 d^2 F + d F^2 for a basis D [d, F].
+    """
+    by_pairs = isinstance(interaction_matrices(arch, dtype, directions)[0], PairTile)
+    return by_pairs and (features == d or h * features**2 <= h * d**2 + 2 * d**2 * features + d * features**2)
 
 
 def interaction_pairs(arch: str, dtype: torch.dtype, directions: int) -> bool:

@@ -80,15 +80,17 @@ class Compiled:
 
     key: str
     figure: str
-    value: int
+    value: float
 
 
 @dataclass(frozen=True)
 class Modelled:
-    """The share of the main loop in which the tensor cores work: `tensor` under `key` of that file."""
+    """A modelled time, `low` to `high` seconds: `receipt` is "OP, CASE", a line of bench/results/modelled for the same
+    versions."""
 
-    key: str
-    tensor: float
+    receipt: str
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)

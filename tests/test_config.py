@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.harness import receipts
 from bench.static import baseline
 from bilinear_ops.kernels import config, gated
-from bilinear_ops.kernels.interaction import matrices, matrices_backward
+from bilinear_ops.kernels.interaction import matrices, matrices_backward, ranking
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
 from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
 
@@ -18,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 BASELINE = baseline.load(baseline.path(PINNED["torch"], PINNED["triton"]))
 RESULTS = ROOT / "bench/results"
+MODELLED = {
+    f"{r['op']}, {r['case']}": r["seconds"]
+    for r in receipts.load(baseline.modelled_path(PINNED["torch"], PINNED["triton"]))
+}
 
 
 def rows(record):
@@ -38,9 +43,9 @@ def unresolved(reason):
         case Compiled(key, figure, value):
             found = BASELINE.get(key, {}).get(figure)
             return "" if found == value else f"{figure} of {key} is {found}, not {value}"
-        case Modelled(key, tensor):
-            found = BASELINE.get(key, {}).get("tensor")
-            return "" if found == tensor else f"tensor of {key} is {found}, not {tensor}"
+        case Modelled(receipt, low, high):
+            found = MODELLED.get(receipt)
+            return "" if found == [low, high] else f"{receipt} is modelled as {found}, not {[low, high]}"
         case Measured(receipt):
             name, _, workload = receipt.partition(" ")
             lines = (RESULTS / name).read_text().splitlines() if (RESULTS / name).is_file() else ()
@@ -67,7 +72,10 @@ def test_what_does_not_resolve_is_named():
     assert unresolved(Compiled(key, "registers", figures["registers"] + 1)).startswith(f"registers of {key} is")
     assert "is None" in unresolved(Compiled(f"{key} ", "registers", figures["registers"]))
     assert "is None" in unresolved(Compiled(key, "register", figures["registers"]))
-    assert "is 1.0, not 0.9" in unresolved(Modelled("sm_90 gated_forward_kernel [bfloat16 128x2x128x64 aligned]", 0.9))
+    receipt, (low, high) = next(iter(MODELLED.items()))
+    assert not unresolved(Modelled(receipt, low, high))
+    assert f"{receipt} is modelled as" in unresolved(Modelled(receipt, low, 2 * high))
+    assert "is modelled as None" in unresolved(Modelled(f"{receipt} ", low, high))
     file = next(RESULTS.glob("*.jsonl"))
     receipt = json.loads(file.read_text().splitlines()[0])
     assert not unresolved(Measured(f"{file.name} {receipt['op']}, {receipt['case']}"))
@@ -82,7 +90,8 @@ def test_a_reason_is_of_the_kernel_whose_tile_it_gives():
         for arch, row in [*record.tiles.items(), *record.fp32.items()]:
             for reason in row.values():
                 if isinstance(reason, Compiled | Modelled):
-                    target, kernel, _ = reason.key.split(" ", 2)
+                    cited = reason.key if isinstance(reason, Compiled) else reason.receipt.replace(",", "", 1)
+                    target, kernel, _ = cited.split(" ", 2)
                     assert kernel == name and (arch == "any" or target == arch)
 
 
@@ -94,7 +103,7 @@ def test_every_rejected_tile_is_a_reason():
 
 
 def test_a_record_is_called_like_its_kernel():
-    modules = (accumulate, gated, gates, losses, masked, masks, matrices, matrices_backward, sparse)
+    modules = (accumulate, gated, gates, losses, masked, masks, matrices, matrices_backward, ranking, sparse)
     assert set(config.KERNELS) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {key.split()[1] for key in BASELINE} == set(config.KERNELS)
     for launcher, kernels in config.LAUNCHERS.items():

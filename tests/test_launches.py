@@ -108,12 +108,8 @@ BRANCHES = {
     "interaction_topk, K = 20, low rank": partial(topk, 20, directions=2),
     "interaction_topk, K = 20, global": partial(topk, 20, scope="global"),
     "interaction_topk, K = 20, weight tensor": lambda: topk(20, weight=torch.rand(3, 3)),
-    "interaction_topk, K = 20, weight function": lambda: topk(20, weight=lambda k: torch.ones(3, 3)),
     "interaction_topk, K = 64, basis": partial(topk, 64, features=5),
     "interaction_topk, K = 64, basis, low rank": partial(topk, 64, features=5, directions=2),
-    "interaction_topk, K = 64, basis, global, weight function": lambda: topk(
-        64, features=5, scope="global", weight=lambda k: torch.ones(5, 5)
-    ),
     "interaction_moments": partial(moments, 3),
     "interaction_moments, K = 64": partial(moments, 64),
     "interaction_moments, K = 64, basis, low rank": partial(moments, 64, features=5, directions=2),
@@ -149,6 +145,7 @@ WITH_BACKWARD_KERNELS = (
     "component_gates",
 )  # fmt: skip
 TO_PYTORCH = "leaves these sizes to PyTorch"
+CALLED = "a function as weight"
 SHARED_TILES = "more than 48 outputs without a basis"
 
 # Branches without a kernel: how to build the call, and what the error says.
@@ -156,18 +153,18 @@ REFUSED = {
     "interaction_topk, K = 64": (partial(topk, 64), SHARED_TILES),
     "interaction_topk, K = 64, low rank": (partial(topk, 64, directions=2), SHARED_TILES),
     "interaction_topk, K = 64, global": (partial(topk, 64, scope="global"), SHARED_TILES),
-    "interaction_topk, K = 64, weight function": (
-        lambda: topk(64, weight=lambda k: torch.ones(3, 3)),
-        SHARED_TILES,
+    "interaction_topk, K = 20, weight function": (lambda: topk(20, weight=lambda k: torch.ones(3, 3)), CALLED),
+    "interaction_topk, K = 64, basis, global, weight function": (
+        lambda: topk(64, features=5, scope="global", weight=lambda k: torch.ones(5, 5)),
+        CALLED,
     ),
     "interaction_topk, diagonals": (partial(topk, 3, score="self"), 'score="self" reads diagonals'),
     "rank1_linear, no mask": (rank1, "without mask, delta and routing"),
 }
 
 
-@pytest.mark.parametrize("build", (matrices, moments))
-def test_what_a_choice_leaves_to_pytorch_raises(build):
-    call = build(64)
+@pytest.mark.parametrize("call", (matrices(64), moments(3)))
+def test_what_a_choice_leaves_to_pytorch_raises(call):
     with tuning.using(interaction_matrices=config.LIBRARY), pytest.raises(RuntimeError, match=TO_PYTORCH):
         call(impl="triton")
 
@@ -210,9 +207,9 @@ def test_branches_without_a_kernel_raise(branch, architecture):
     assert not launched
 
 
-@pytest.mark.parametrize("branch", [name for name in REFUSED if "left to" not in name])
+@pytest.mark.parametrize("branch", [name for name in REFUSED if "function" not in name])
 def test_branches_without_a_kernel_run_pytorch_unless_asked(branch, monkeypatch):
-    """Called with what the wrapper passes on for "auto" on a GPU."""
+    """Called with what the wrapper passes on for "auto" on a GPU; with a function as weight, kernels form matrices."""
     monkeypatch.setattr(_impl, "resolve", lambda impl, t: impl)
     call = REFUSED[branch][0]()
     with counted() as launched:

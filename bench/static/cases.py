@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from bilinear_ops.kernels import config, gated, tuning
-from bilinear_ops.kernels.interaction import matrices, matrices_backward
+from bilinear_ops.kernels.interaction import matrices, matrices_backward, ranking
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
 from bilinear_ops.kernels.records import Choice, PairTile, Rejected, Tile
 from bilinear_ops.results import ACTIVATIONS, Gate, Masks
@@ -113,6 +113,8 @@ def interaction_cases(arch: str) -> Iterator[Case]:
 
                 case = f"{name}, {_shape(r.tile)}, {r.tile.warps} warps: rejected"
                 yield Case(case, partial(with_tile, r.tile), rejected=True)
+        if dtype == torch.float32:
+            yield Case("float32 K=512", partial(ranking.interaction_moments, w, w, c, None, None))
         name, c = str(dtype).removeprefix("torch."), torch.empty(512, h, dtype=dtype, device="meta")
         dq = torch.empty(512, d, d, dtype=dtype, device="meta")
         backward = matrices_backward.interaction_matrices_backward

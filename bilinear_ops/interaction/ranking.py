@@ -29,6 +29,7 @@ from bilinear_ops.results import (
 )
 
 # Branches without a kernel.
+CALLED = "interaction_topk with a function as weight calls it for every output, which PyTorch's ranking does"
 ONLY_DIAGONALS = 'interaction_topk with score="self" reads diagonals, which no kernel computes'
 SHARED_TILES = (
     f"interaction_topk of more than {limits.loop_max} outputs without a basis ranks tiles of pairs, "
@@ -72,8 +73,8 @@ def interaction_topk(
         Values carry gradients, indices do not.
 
     Raises:
-        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self", or without
-            a basis for more than 48 outputs.
+        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self", with
+            a function as weight, or without a basis for more than 48 outputs.
         ValueError: unknown score, scope or impl, or n out of range.
     """
     if group is not None:
@@ -244,8 +245,8 @@ def interaction_moments(
 ) -> InteractionMoments:
     """Power sums and the largest magnitude over each output's entries i <= j, streamed; not differentiable.
 
-    The kernels form the matrices, and PyTorch sums over them: modelled for K = 512, d = 784, h = 2048 in fp32 on an
-    H100, 4 ms of products and some 15 passes over the matrices in 6 ms; nothing was measured.
+    The kernel sums over tiles of pairs and forms no matrix. Where the matrices are cheaper to form, for few directions,
+    low rank or many features, the matrices' kernels form them and PyTorch sums over them.
 
     Args:
         w, v, c, impl: as for `interaction_matrices`.
@@ -298,6 +299,8 @@ def _topk(
     scope: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight is not None and not isinstance(weight, Tensor):
+        _impl.refuse(impl, CALLED)
     _impl.refuse(impl, _why_no_kernel(w, c if u is None else u, basis, score))
     matrices = partial(interaction_matrices, impl=impl)
     return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, matrices)
@@ -318,7 +321,11 @@ def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
 def _moments(
     w: Tensor, v: Tensor, c: Tensor, u: Tensor | None, basis: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return composite.interaction_moments(w, v, c, u, basis, partial(interaction_matrices, impl=impl))
+    if impl == "torch":
+        return composite.interaction_moments(w, v, c, u, basis, partial(interaction_matrices, impl=impl))
+    from bilinear_ops.kernels.interaction import ranking as kernels
+
+    return kernels.interaction_moments(w, v, c, u, basis, library=impl == "auto")
 
 
 def _moments_fake(w, v, c, u, basis, impl):

@@ -53,6 +53,28 @@ def store_pairs(q_ptr, stride_qk, tile, i, j, k, D, K, PACKED: tl.constexpr, ABO
 
 
 @triton.jit
+def pair_products(
+    w_ptr, v_ptr, stride_w,
+    c_ptr, stride_c,
+    i, j, k, D, K,
+    H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_I x BLOCK_J pairs from (i, j) of BLOCK_K directions from k; rows of w, v [D, H], c [K, H] end in zeros."""
+    acc = tl.zeros((BLOCK_I * BLOCK_J, BLOCK_K), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        w_i = load_rows(w_ptr, stride_w, i, D, h, BLOCK_I, BLOCK_H).to(tl.float32)
+        v_i = load_rows(v_ptr, stride_w, i, D, h, BLOCK_I, BLOCK_H).to(tl.float32)
+        w_j = load_rows(w_ptr, stride_w, j, D, h, BLOCK_J, BLOCK_H).to(tl.float32)
+        v_j = load_rows(v_ptr, stride_w, j, D, h, BLOCK_J, BLOCK_H).to(tl.float32)
+        c = load_rows(c_ptr, stride_c, k, K, h, BLOCK_K, BLOCK_H)
+        s = w_i[:, None, :] * v_j[None, :, :] + v_i[:, None, :] * w_j[None, :, :]
+        s = s.reshape(BLOCK_I * BLOCK_J, BLOCK_H).to(c.dtype)
+        acc = tl.dot(s, c.T, acc, input_precision=PRECISION)
+    return acc  # [BLOCK_I * BLOCK_J, BLOCK_K]
+
+
+@triton.jit
 def interaction_pairs_kernel(
     w_ptr, v_ptr, stride_w,
     c_ptr, stride_c,
@@ -71,16 +93,9 @@ def interaction_pairs_kernel(
     j0 = pid // tiles_k % tiles_j * BLOCK_J
     if j0 + BLOCK_J <= i0:  # below the diagonal
         return
-    acc = tl.zeros((BLOCK_I * BLOCK_J, BLOCK_K), tl.float32)
-    for h in range(0, H, BLOCK_H):
-        w_i = load_rows(w_ptr, stride_w, i0, D, h, BLOCK_I, BLOCK_H).to(tl.float32)
-        v_i = load_rows(v_ptr, stride_w, i0, D, h, BLOCK_I, BLOCK_H).to(tl.float32)
-        w_j = load_rows(w_ptr, stride_w, j0, D, h, BLOCK_J, BLOCK_H).to(tl.float32)
-        v_j = load_rows(v_ptr, stride_w, j0, D, h, BLOCK_J, BLOCK_H).to(tl.float32)
-        c = load_rows(c_ptr, stride_c, k0, K, h, BLOCK_K, BLOCK_H)
-        s = w_i[:, None, :] * v_j[None, :, :] + v_i[:, None, :] * w_j[None, :, :]
-        s = s.reshape(BLOCK_I * BLOCK_J, BLOCK_H).to(c.dtype)
-        acc = tl.dot(s, c.T, acc, input_precision=PRECISION)
+    acc = pair_products(
+        w_ptr, v_ptr, stride_w, c_ptr, stride_c, i0, j0, k0, D, K, H, PRECISION, BLOCK_I, BLOCK_J, BLOCK_K, BLOCK_H
+    )
     i = (i0 + tl.arange(0, BLOCK_I))[:, None, None]
     j = (j0 + tl.arange(0, BLOCK_J))[None, :, None]
     quarters = column_quarters(acc)  # fewer live registers in the epilogue

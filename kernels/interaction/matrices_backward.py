@@ -284,7 +284,7 @@ def _weights_of(g: Tensor, dq: Tensor, w: Tensor, v: Tensor, c: Tensor, library:
         wide, rows = [padded_rows(columns, t) for t in (w, v)], padded_rows(g.shape[0], c.t())
         tiles = triton.cdiv(h, tile.block_m)
         parts = _parts(tiles, strips, w.device)
-        dw, dv = (torch.zeros(parts, h, columns, dtype=torch.float32, device=w.device) for _ in range(2))
+        dw, dv = torch.empty(2, parts, h, columns, dtype=torch.float32, device=w.device).zero_()
         interaction_weights_kernel[(tiles, parts)](
             g, g.stride(0), rows, rows.stride(0), *wide, columns, dw, dv, h, g.shape[0], strips, parts,
             PRECISION=via.accurate_precision(w),
