@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.static import baseline
-from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import config, few_rows, gated
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
 from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
@@ -94,7 +94,7 @@ def test_every_rejected_tile_is_a_reason():
 
 
 def test_a_record_is_called_like_its_kernel():
-    modules = (accumulate, gated, gates, losses, masked, masks, matrices, sparse)
+    modules = (accumulate, few_rows, gated, gates, losses, masked, masks, matrices, sparse)
     assert set(config.KERNELS) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {key.split()[1] for key in BASELINE} == set(config.KERNELS)
     for launcher, kernels in config.LAUNCHERS.items():
