@@ -21,6 +21,7 @@ from bilinear_ops.kernels.records import (
     PairTile,
     Rejected,
     RowTile,
+    SplitTile,
     Threshold,
     Tile,
 )
@@ -115,6 +116,46 @@ KERNELS = {
             Rejected("sm_120", torch.bfloat16, Tile(128, 128, 32, 8, 2)),
             Rejected("sm_120", torch.float32, Tile(128, 64, 32, 8, 2), aligned=False),
         ),
+    ),
+    # all rows, at most 64, of a part of the contraction, which is then one of `gated_sum_kernel`'s terms: two launches,
+    # where a library that splits has two products with a sum each, and the gate; both are bound by the weights' bytes
+    "gated_split_kernel": Kernel(
+        tiles={
+            "sm_80": {
+                SplitTile(16, 64, 64, 4, 3, blocks_per_sm=2): Compiled(
+                    "sm_80 gated_split_kernel [bfloat16 16x2x64x64 aligned]", "resident", 4
+                ),
+                SplitTile(64, 64, 64, 4, 3, blocks_per_sm=2): Compiled(
+                    "sm_80 gated_split_kernel [bfloat16 32x2x64x64 aligned, 4 warps: rejected]", "spills", 2
+                ),
+            },
+            "gfx942": {
+                SplitTile(rows, 64, 64, 4, 2, blocks_per_sm=2): Compiled(
+                    f"gfx942 gated_split_kernel [bfloat16 {rows}x2x64x64 aligned]", "resident", resident
+                )
+                for rows, resident in ((16, 3), (32, 3), (64, 2))
+            },
+            "any": {
+                SplitTile(rows, 64, 64, 4, 3, blocks_per_sm=2): Compiled(  # so many fit
+                    f"sm_90 gated_split_kernel [bfloat16 {rows}x2x64x64 aligned]", "resident", resident
+                )
+                for rows, resident in ((16, 4), (32, 3), (64, 3))
+            },
+        },
+        interpreted=SplitTile(16, 16, 16, 4, 1),
+        operands=2,
+        candidates=tuple(SplitTile(rows, 64, 64, 4, 3, blocks_per_sm=2) for rows in (16, 32, 64)),
+        rejected=(Rejected("sm_80", torch.bfloat16, SplitTile(32, 64, 64, 4, 3, blocks_per_sm=2)),),
+    ),
+    # small, so that the loads of all parts are under way at once
+    "gated_sum_kernel": Kernel(
+        tiles={
+            "any": {
+                RowTile(4, 128, 4): Compiled("sm_90 gated_sum_kernel [bfloat16 16x2x64x64 aligned]", "registers", 80)
+            }
+        },
+        interpreted=RowTile(8, 16, 4),
+        candidates=ROW_TILES,
     ),
     # one accumulator, its epilogue in eight column subtiles
     "gated_backward_kernel": Kernel(
@@ -496,6 +537,7 @@ KERNELS = {
 LAUNCHERS = {"interaction_matrices": ("interaction_pairs_kernel", "interaction_direction_kernel")}
 
 IDLE = Threshold(2, "with fewer tiles than one for every two multiprocessors a library GEMM splits its contraction")
+PARTIAL_SUMS = Threshold(8, "of a shorter part for each row, sums in fp32 would move over half of the weights' bytes")
 LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the gate is a small part; no receipt yet")
 
 # Both ways take 2 rows C d_out d_in FLOPs. The library writes a workspace of C d_out min(rows, d_in) elements first. At
@@ -531,8 +573,17 @@ def gated(
     if not tensor_cores(dtype) or k >= LONG_CONTRACTION.size:
         return (LIBRARY,)
     row = tiles(kernel, arch, dtype, descriptors)
-    busy = (t for t in row if not isinstance(t, Tile) or IDLE.size * _count(t, m, n) >= multiprocessors)
-    return tuple(busy) or (LIBRARY,)
+    busy = tuple(t for t in row if not isinstance(t, Tile) or IDLE.size * _count(t, m, n) >= multiprocessors)
+    if busy or kernel != "gated_forward_kernel":
+        return busy or (LIBRARY,)
+    rows = [t for t in tiles("gated_split_kernel", arch, dtype) if isinstance(t, SplitTile) and m <= t.block_m]
+    return (*rows[:1], LIBRARY)
+
+
+def span(tile: SplitTile, m: int, n: int, k: int, multiprocessors: int) -> int:
+    """How much of a contraction of length `k` each program of a split product takes: a multiple of the tile's."""
+    parts = min(multiprocessors * tile.blocks_per_sm // _count(tile, m, n), k // (PARTIAL_SUMS.size * m))
+    return _cdiv(_cdiv(k, tile.block_k), max(parts, 1)) * tile.block_k
 
 
 def _count(tile: Tile, m: int, n: int) -> int:

@@ -15,7 +15,8 @@ from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.activation import gate as gate_of_tile
 from bilinear_ops.kernels.activation import gate_grad_beta, gate_with_grad
-from bilinear_ops.kernels.records import RowTile, Tile
+from bilinear_ops.kernels.few_rows import gate_of_sums, partial_sums
+from bilinear_ops.kernels.records import RowTile, SplitTile, Tile
 from bilinear_ops.kernels.tile import (
     column_eighths,
     column_quarters,
@@ -212,6 +213,14 @@ def gate_forward(
     if isinstance(plan, via.Plan):
         plan.launch(x, w, v, b_w, b_v, *numbers, hid, a, z)
         return hid, az
+
+    def split(tile: SplitTile) -> tuple[Tensor, Tensor | None]:
+        parts = partial_sums(x, w, v, tile, (*key, "parts"))
+        gate_of_sums(parts, b_w, b_v, gate_of.activation, numbers, hid, a, z, (*key, "sum"))
+        return hid, az
+
+    if isinstance(plan, SplitTile):
+        return split(plan)
     arch = config.architecture(x.device)
     descriptor = config.has_descriptors(arch) and via.describable(x, w, v) and h * x.itemsize % 16 == 0
 
@@ -219,6 +228,9 @@ def gate_forward(
         if tile is None:
             via.keep(key, config.LIBRARY)
             return _library_forward(x, w, v, b_w, b_v, gate_of, save)
+        if isinstance(tile, SplitTile):
+            via.keep(key, tile)
+            return split(tile)
         into = (tile.block_m, tile.block_n)
         weight = (tile.block_n, tile.block_k)
         via.start(
@@ -237,6 +249,8 @@ def gate_forward(
         return hid, az
 
     tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, h, d, descriptor, config.processors(x.device))
+    if not via.describable(x, w, v):  # of loads of two bytes the split kernel spills
+        tiles = tuple(tile for tile in tiles if not isinstance(tile, SplitTile))
     return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 
 

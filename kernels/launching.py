@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bilinear_ops.kernels import config, tuning
-from bilinear_ops.kernels.records import Choice, RowTile, Tile
+from bilinear_ops.kernels.records import Choice, RowTile, SplitTile, Tile
 from bilinear_ops.kernels.tile import INTERPRET
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def _descriptor(fields: dict[str, Any], t: Tensor) -> TensorDescriptor:
     return descriptor
 
 
-_plans: dict[Key, Plan | None] = {}
+_plans: dict[Key, Plan | SplitTile | None] = {}
 UNPLANNED = "unplanned"
 
 
@@ -126,12 +126,15 @@ def plan_key(choice: str, like: Tensor, options: Key, *tensors: Tensor | None) -
     return choice, like.device, options, tuning.state(choice, like), config.switches(like), *layouts
 
 
-def planned(key: Key) -> Plan | str | None:
-    """The plan of a launch with this key, LIBRARY if it is left to PyTorch, UNPLANNED before the first launch."""
+def planned(key: Key) -> Plan | SplitTile | str | None:
+    """The plan of a launch with this key, LIBRARY if it is left to PyTorch, UNPLANNED before the first launch.
+
+    A SplitTile where the launch is one of several, each with a plan of its own.
+    """
     return _plans.get(key, UNPLANNED)
 
 
-def keep(key: Key, plan: Plan | None) -> None:
+def keep(key: Key, plan: Plan | SplitTile | None) -> None:
     """Let later launches with this key follow the plan, or run PyTorch.
 
     Not in the interpreter or of meta tensors, whose tables tests and static checks exchange.

@@ -47,6 +47,14 @@ class Tile(_Launched):
 
 
 @dataclass(frozen=True)
+class SplitTile(Tile):
+    """A tile of all rows, whose contraction is split into parts that several programs sum.
+
+    Parts are as many as give each multiprocessor `blocks_per_sm` programs: see `config.span`.
+    """
+
+
+@dataclass(frozen=True)
 class PairTile(_Launched):
     """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from bench.harness import receipts
 from bench.static import baseline
-from bilinear_ops.kernels import config, gated
+from bilinear_ops.kernels import config, few_rows, gated
 from bilinear_ops.kernels.interaction import matrices, matrices_backward, ranking
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
 from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
@@ -103,7 +103,7 @@ def test_every_rejected_tile_is_a_reason():
 
 
 def test_a_record_is_called_like_its_kernel():
-    modules = (accumulate, gated, gates, losses, masked, masks, matrices, matrices_backward, ranking, sparse)
+    modules = (accumulate, few_rows, gated, gates, losses, masked, masks, matrices, matrices_backward, ranking, sparse)
     assert set(config.KERNELS) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {key.split()[1] for key in BASELINE} == set(config.KERNELS)
     for launcher, kernels in config.LAUNCHERS.items():

@@ -15,13 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import bilinear_ops as bo
 from bilinear_ops import _impl
-from bilinear_ops.kernels import config, gated, tuning
+from bilinear_ops.kernels import config, few_rows, gated, tuning
 from bilinear_ops.kernels import launching as via
-from bilinear_ops.kernels.records import RowTile, Tile
+from bilinear_ops.kernels.records import RowTile, SplitTile, Tile
 from bilinear_ops.results import Gate
 from bilinear_ops.testing import randn
 
 M, D, H, OUT = 5, 8, 16, 24
+FEW = SplitTile(16, 16, 16, 4, 1, blocks_per_sm=2)
 KERNELS = ("gated_forward_kernel", "gate_kernel", "gated_backward_kernel", "gate_backward_kernel")
 SILU = Gate("silu", None, None, None)
 
@@ -55,6 +56,8 @@ def launches(monkeypatch):
     found = []
     for name in KERNELS:
         monkeypatch.setattr(gated, name, Recorded(getattr(gated, name), found))
+    for name in ("gated_split_kernel", "gated_sum_kernel"):
+        monkeypatch.setattr(few_rows, name, Recorded(getattr(few_rows, name), found))
     monkeypatch.setattr(via, "INTERPRET", False)  # or none would be kept
     via.forget_plans()
     yield found
@@ -81,6 +84,13 @@ def layer(precision=None):
     tensors = randn(M, D), randn(H, D), randn(H, D), randn(D, H)
     with nullcontext() if precision is None else torch.autocast("cpu", precision):
         bo.gated_mlp(*tensors, impl="triton")
+
+
+def few(save=False, sum_tile=None):
+    """Rows few enough for a split contraction: two launches."""
+    others = {} if sum_tile is None else {"gated_sum_kernel": sum_tile}
+    with tuning.using(gated_forward_kernel=FEW, **others):
+        gated.gate_forward(randn(M, 9 * D), randn(H, 9 * D), randn(H, 9 * D), None, None, SILU, save)
 
 
 def strided(t):
@@ -182,24 +192,33 @@ def before_measuring(key):
     return (*key()[:3], (None, len(tuning._chosen), False), *key()[4:])
 
 
-@pytest.mark.parametrize(
-    "call",
-    (gate, forward, partial(forward, True, True), backward, partial(backward, False, True), partial(backward, p=False)),
-    ids=("gate", "forward", "saving forward", "backward", "backward of beta", "backward alone"),
-)
+CALLS = {
+    "gate": gate,
+    "forward": forward,
+    "saving forward": partial(forward, True, True),
+    "few rows": few,
+    "backward": backward,
+    "backward of beta": partial(backward, False, True),
+    "backward alone": partial(backward, p=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_plan_passes_what_its_launch_would(call, launches):
     """Other tensors of the same layouts: the same arguments, with descriptors of their own."""
     call()
     call()
     via.forget_plans()
     call()
-    (first, planned, bound) = launches
-    assert [how for how, *_ in launches] == ["bound", "planned", "bound"]
-    assert planned[1] == bound[1]
-    assert list(map(facts, planned[2])) == list(map(facts, bound[2]))
-    for before, after in zip(first[2], planned[2], strict=True):
-        if isinstance(after, TensorDescriptor):
-            assert after is not before and after.base is not before.base
+    each = len(launches) // 3
+    for i in range(each):
+        first, planned, bound = launches[i::each]
+        assert [how for how, *_ in (first, planned, bound)] == ["bound", "planned", "bound"]
+        assert planned[1] == bound[1]
+        assert list(map(facts, planned[2])) == list(map(facts, bound[2]))
+        for before, after in zip(first[2], planned[2], strict=True):
+            if isinstance(after, TensorDescriptor):
+                assert after is not before and after.base is not before.base
 
 
 def facts(argument):
@@ -210,6 +229,15 @@ def facts(argument):
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.numel()
     return argument
+
+
+def test_both_launches_of_few_rows_are_planned(launches):
+    for _ in range(2):
+        few()
+    assert [how for how, *_ in launches] == ["bound", "bound", "planned", "planned"]
+    few(save=True)
+    few(sum_tile=RowTile(4, 16, 4))
+    assert [how for how, *_ in launches[4:]] == ["bound", "bound", "planned", "bound"]
 
 
 def test_a_plan_launches_on_the_tensors_it_is_given(launches):

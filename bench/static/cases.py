@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-from bilinear_ops.kernels import config, gated, tuning
+from bilinear_ops.kernels import config, few_rows, gated, tuning
 from bilinear_ops.kernels.interaction import matrices, matrices_backward, ranking
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
-from bilinear_ops.kernels.records import Choice, PairTile, Rejected, Tile
+from bilinear_ops.kernels.records import Choice, PairTile, Rejected, SplitTile, Tile
 from bilinear_ops.results import ACTIVATIONS, Gate, Masks
 
 
@@ -48,6 +48,10 @@ def gated_cases(arch: str) -> Iterator[Case]:
             with tuning.using(gated_forward_kernel=tile), _tf32():
                 return gated.gate_forward(t(m, k), t(h, k), t(h, k), t(h), t(h), Gate("swish", t()), True)
 
+        def of_few_rows(tile: SplitTile, t: Callable[..., torch.Tensor] = t) -> object:
+            with tuning.using(gated_forward_kernel=tile), _tf32():
+                return gated.gate_forward(t(tile.block_m, d), t(h, d), t(h, d), t(h), t(h), Gate("swish", t()), True)
+
         def backward(tile: Choice, aligned: bool, t: Callable[..., torch.Tensor] = t) -> object:
             k = o + (not aligned)
             with tuning.using(gated_backward_kernel=tile), _tf32():
@@ -64,6 +68,14 @@ def gated_cases(arch: str) -> Iterator[Case]:
                 way = "aligned" if r.aligned else "unaligned"
                 case = f"{name} {_shape(r.tile, by)} {way}, {r.tile.warps} warps: rejected"
                 yield Case(case, partial(call, r.tile, r.aligned), rejected=True)
+        for tile in config.tiles("gated_split_kernel", arch, dtype) if dtype != torch.float16 else ():
+            if isinstance(tile, SplitTile):
+                yield Case(f"{name} {_shape(tile, 'x2x')} aligned", partial(of_few_rows, tile))
+        for r in _rejected("gated_split_kernel", arch, dtype):
+            if isinstance(r.tile, SplitTile):
+                case = f"{name} {_shape(r.tile, 'x2x')} aligned, {r.tile.warps} warps: rejected"
+                x, w = t(r.tile.block_m, d), t(h, d)
+                yield Case(case, partial(few_rows.partial_sums, x, w, w, r.tile, ("rejected", x.device)), rejected=True)
         alone = partial(gated.gate_backward, t(m, h), None, t(m, 2 * h), Gate("swish", t()), True, True)
         yield Case(f"{name} alone", partial(gated.gate, t(m, h), t(m, h), Gate("swish", t())))
         yield Case(f"{name} alone", alone)

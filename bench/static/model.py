@@ -19,7 +19,9 @@ from typing import TypeAlias
 from bench.static import machine
 from bench.static.machine import MACHINES, Machine
 from bench.static.regions import Regions, Work
+from bilinear_ops.kernels import config
 from bilinear_ops.kernels.interaction import matrices_backward
+from bilinear_ops.kernels.records import SplitTile
 
 Sizes: TypeAlias = Mapping[str, int]
 
@@ -57,6 +59,19 @@ def gated_backward_kernel(s: Sizes) -> Product:
     tiles_m, tiles_h, bm, bh = _grid(s)
     distinct = _grouped(tiles_m, tiles_h, s["GROUP_M"], bm, bh)
     return Product(tiles_m * tiles_h, s["O"], s["BLOCK_O"], bm + bh, 2 * bm * bh * 2, 3 * bm * bh * 2, distinct)
+
+
+def gated_split_kernel(s: Sizes) -> Product:
+    """Parts of a and z in fp32, of as many rows as there are."""
+    m, bh, bd = s["M"], s["BLOCK_H"], s["BLOCK_D"]
+    tile = SplitTile(s["BLOCK_M"], bh, bd, 4, 3, blocks_per_sm=2)
+    span = config.span(tile, m, s["H"], s["D"], MACHINES["sm_90"].processors)
+    splits = _cdiv(s["D"], span)
+
+    def distinct(tiles: int) -> int:
+        return tiles * 2 * bh + min(tiles, splits) * m
+
+    return Product(_cdiv(s["H"], bh) * splits, span, bd, m + 2 * bh, 0, 2 * m * bh * 4, distinct)
 
 
 def interaction_pairs_kernel(s: Sizes) -> Product:
@@ -123,6 +138,7 @@ PRODUCTS: Mapping[str, Callable[[Sizes], Product]] = {
     for f in (
         gated_forward_kernel,
         gated_backward_kernel,
+        gated_split_kernel,
         interaction_pairs_kernel,
         interaction_direction_kernel,
         interaction_coefficients_kernel,
@@ -133,7 +149,9 @@ GATED = tuple({"M": 16_384, "D": d, "O": d, "H": h} for d, h in ((512, 2048), (7
 PAIRS = tuple(
     {"K": k, "D": d, "H": h} for k, d, h in ((64, 2048, 8192), (512, 784, 2048), (512, 1024, 4096), (1024, 256, 1024))
 )
+FEW_ROWS = tuple({"D": d, "H": h} for d, h in ((512, 2048), (768, 3072), (1024, 4096), (2048, 2048)))
 WORKLOADS: Mapping[str, tuple[Sizes, ...]] = {
+    "gated_split_kernel": FEW_ROWS,
     "gated_forward_kernel": GATED,
     "gated_backward_kernel": GATED,
     "interaction_pairs_kernel": PAIRS,
