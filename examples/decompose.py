@@ -4,7 +4,8 @@
     python examples/decompose.py --check      # is docs/findings.md what its receipt says?
 
 `decompose_known.py` has the targets of known structure, `decompose_layer.py` the comparison. Nothing is downloaded; a
-CPU is enough. The text model and its activations are trained once and kept in --out.
+CPU is enough. The text model and its activations are trained once and kept in --out. With --only the other parts of the
+receipt in --out stay as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Decompositions of layers, known and trained.")
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, no toy models, a tiny text model: to see it run"
+        "--quick", action="store_true", help="one seed, planted terms, a tiny text model: to see it run"
     )
     parser.add_argument("--only", default="", help='parts whose name contains this; the layer is "layer"')
     parser.add_argument("--out", type=Path, default=Path("figures"), help="for receipt, plot and cache")

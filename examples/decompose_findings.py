@@ -7,6 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 import findings_page
+from decompose_toys import PROBE
 from findings_page import Receipt, spread, table
 
 RECEIPT = findings_page.DOCS / "receipts" / "decompose.json"
@@ -22,7 +23,10 @@ def text(receipt: Receipt) -> str:
         f"{versions}.",
         "### Planted components",
         f"Components come back where their mean largest cosine is above {RECOVERED} and the mean number of active ones "
-        f"is within {OFF:.0%} of that of planted ones.",
+        f"is within {OFF:.0%} of that of planted ones. A cosine is that of read directions times that of write "
+        "directions, or that of the terms' tensors. In trained models figures are means over both layers, in the "
+        "residual MLP the first's, and active components are counted for one feature at a time, of strength "
+        f"{PROBE}. The error is that of outputs under the gates at drawn inputs, relative to the target's.",
         table(("target", "seed", "cosine", "active", "planted", "error", "come back"), known(receipt)),
         "### Ways to decompose a SwiGLU layer",
         f"The layer, {study['d']} -> {study['h']} -> {study['d']}, is that of a one-layer transformer on Python's "
@@ -34,7 +38,7 @@ def text(receipt: Receipt) -> str:
         f"seconds are medians over seeds {listed(study['seeds'])} with their range; a run that misses the error counts "
         "as beyond the budget. Distance is |B - B'|^2 / |B|^2 of the bilinear layers of the same weights, all units "
         "together, at the end.",
-        table(("way", "units", "rate", "reached", "steps", "seconds", "error at the end", "distance"), arms(receipt)),
+        table(("way", "units", "rate", "reached", "steps", "seconds", "error at the end", "distance"), ways(receipt)),
         paragraph(receipt),
     ]
     return "\n\n".join(parts) + "\n"
@@ -54,15 +58,15 @@ def known(receipt: Receipt) -> list[list[str]]:
     return rows
 
 
-def runs(receipt: Receipt, arm: str) -> list[dict[str, Any]]:
-    return [r for r in receipt["runs"] if r["arm"] == arm]
+def runs(receipt: Receipt, way: str) -> list[dict[str, Any]]:
+    return [r for r in receipt["runs"] if r["way"] == way]
 
 
 def names(receipt: Receipt) -> list[str]:
-    return list(dict.fromkeys(r["arm"] for r in receipt["runs"]))
+    return list(dict.fromkeys(r["way"] for r in receipt["runs"]))
 
 
-def arms(receipt: Receipt) -> list[list[str]]:
+def ways(receipt: Receipt) -> list[list[str]]:
     """One row a way."""
     rows = []
     for name in names(receipt):
@@ -102,16 +106,16 @@ def censored(found: Sequence[dict[str, Any]], key: str, budget: float, form: str
 def paragraph(receipt: Receipt) -> str:
     """Which ways reached the error, in what order, and how the others compare with the layer's own units."""
     of = {name: runs(receipt, name) for name in names(receipt)}
-    ways: dict[str, list[str]] = {"all seeds": [], "some seeds": [], "no seed": []}
+    groups: dict[str, list[str]] = {"all seeds": [], "some seeds": [], "no seed": []}
     for name, found in of.items():
         count = len(reached(found))
-        ways["all seeds" if count == len(found) else "some seeds" if count else "no seed"].append(name)
-    order = sorted(ways["all seeds"], key=lambda name: median(r["step"] for r in of[name]))
+        groups["all seeds" if count == len(found) else "some seeds" if count else "no seed"].append(name)
+    order = sorted(groups["all seeds"], key=lambda name: median(r["step"] for r in of[name]))
     parts = [
         f"The error of {receipt['study']['error']} is reached "
         + "; ".join(
             f"in {which} by {', '.join(order if which == 'all seeds' else named) or 'none'}"
-            for which, named in ways.items()
+            for which, named in groups.items()
         )
         + (" (in order of their median steps)." if len(order) > 1 else ".")
     ]

@@ -31,7 +31,7 @@ import bilinear_ops as bo
 
 
 class Study(NamedTuple):
-    """Sizes and budget, the same for every arm."""
+    """Sizes and budget, the same for every way."""
 
     vocabulary: int = 1024
     documents: int | None = None
@@ -62,7 +62,7 @@ class Target(NamedTuple):
     bigram_loss: float
 
 
-ARMS = {"own x1": 1, "own x2": 2, "own x4": 4, "random x2": 2, "mixed x2": 2, "routed x2": 2, "data x2": 2}
+WAYS = {"own x1": 1, "own x2": 2, "own x4": 4, "random x2": 2, "mixed x2": 2, "routed x2": 2, "data x2": 2}
 
 
 def target(study: Study, cache: Path) -> Target:
@@ -177,21 +177,21 @@ class FromData(nn.Module):
         return self.transcoder(x)
 
 
-def start(arm: str, original: Target, study: Study) -> Gated | FromData:
-    kind, units = arm.split()[0], ARMS[arm] * study.h
+def start(way: str, original: Target, study: Study) -> Gated | FromData:
+    kind, units = way.split()[0], WAYS[way] * study.h
     if kind == "data":
         return FromData(study, units)
     if kind == "random":
         layer = bo.nn.GatedMLP(study.d, units, activation="silu")
     else:
-        layer, _ = bo.init.expand_gated_mlp(original.layer, ARMS[arm], noise=study.noise)
+        layer, _ = bo.init.expand_gated_mlp(original.layer, WAYS[way], noise=study.noise)
     return Gated(layer.requires_grad_(True), original, study, mixed=kind == "mixed", routed=kind == "routed")
 
 
-def run(arm: str, original: Target, study: Study, rate: float, seed: int) -> dict[str, Any]:
-    """Train one arm; its errors over the steps, and the step and the CPU seconds that reach the study's error."""
+def run(way: str, original: Target, study: Study, rate: float, seed: int) -> dict[str, Any]:
+    """Train one way; its errors over the steps, and the step and the CPU seconds that reach the study's error."""
     torch.manual_seed(seed)
-    model = start(arm, original, study)
+    model = start(way, original, study)
     optimizer = torch.optim.Adam([t for t in model.parameters() if t.requires_grad], lr=rate)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, study.steps, eta_min=rate / 100)
     train_y, test_y = original.layer(original.train), original.layer(original.test)
@@ -210,13 +210,13 @@ def run(arm: str, original: Target, study: Study, rate: float, seed: int) -> dic
                 error = (model(original.test) - test_y).square().sum() / test_y.square().sum()
             errors.append(error.item())
             seconds.append(spent)
-            print(f"\r{arm}, rate {rate}, seed {seed}: step {step}, error {errors[-1]:.3f} ", end="", file=sys.stderr)
+            print(f"\r{way}, rate {rate}, seed {seed}: step {step}, error {errors[-1]:.3f} ", end="", file=sys.stderr)
     reached = next((i for i, error in enumerate(errors) if error <= study.error), None)
     with torch.no_grad():
         distance = model.distance().item() if isinstance(model, Gated) else None
     return {
-        "arm": arm,
-        "units": ARMS[arm] * study.h,
+        "way": way,
+        "units": WAYS[way] * study.h,
         "rate": rate,
         "seed": seed,
         "step": None if reached is None else (reached + 1) * study.every,
@@ -228,16 +228,16 @@ def run(arm: str, original: Target, study: Study, rate: float, seed: int) -> dic
 
 
 def compare(study: Study, cache: Path) -> dict[str, Any]:
-    """Every arm with the learning rate that its tuning seeds like best, at the reporting seeds."""
+    """Every way with the learning rate that its tuning seeds like best, at the reporting seeds."""
     original = target(study, cache)
     tuning, runs = [], []
-    for arm in ARMS:
-        tried = [run(arm, original, study, rate, seed) for rate in study.rates for seed in study.tuning]
+    for way in WAYS:
+        tried = [run(way, original, study, rate, seed) for rate in study.rates for seed in study.tuning]
         rate = min(study.rates, key=lambda rate: _score([r for r in tried if r["rate"] == rate], study))
-        chosen = [run(arm, original, study, rate, seed) for seed in study.seeds]
+        chosen = [run(way, original, study, rate, seed) for seed in study.seeds]
         last = ", ".join(f"{r['errors'][-1]:.3f}" for r in chosen)
-        print(f"\r{arm}: rate {rate}, errors at the end {last}{'':30}", flush=True)
-        tuning += [{key: r[key] for key in ("arm", "rate", "seed", "step")} | {"error": r["errors"][-1]} for r in tried]
+        print(f"\r{way}: rate {rate}, errors at the end {last}{'':30}", flush=True)
+        tuning += [{key: r[key] for key in ("way", "rate", "seed", "step")} | {"error": r["errors"][-1]} for r in tried]
         runs += chosen
     return {
         "study": study._asdict(),

@@ -11,7 +11,7 @@ import torch
 import bilinear_ops as bo
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("decompose", "decompose_findings", "decompose_known", "decompose_layer")
+MODULES = ("decompose", "decompose_findings", "decompose_known", "decompose_layer", "decompose_pairs", "decompose_toys")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,16 @@ def example():
 @pytest.fixture(scope="module")
 def known(example):
     return example["decompose_known"]
+
+
+@pytest.fixture(scope="module")
+def pairs(example):
+    return example["decompose_pairs"]
+
+
+@pytest.fixture(scope="module")
+def toys(example):
+    return example["decompose_toys"]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +68,10 @@ def test_planted_terms_come_back(quick):
 
 def test_quick_run_compares_all_ways(example, layer, quick):
     receipt, out = quick
-    assert [r["arm"] for r in receipt["runs"]] == list(layer.ARMS)
+    assert [r["way"] for r in receipt["runs"]] == list(layer.WAYS)
     assert all(len(r["errors"]) == 2 for r in receipt["runs"])
     text = example["decompose_findings"].text(receipt)
-    assert all(f"| {name} | {32 * factor} |" in text for name, factor in layer.ARMS.items())
+    assert all(f"| {name} | {32 * factor} |" in text for name, factor in layer.WAYS.items())
     assert text.count("| planted terms | 1 |") == 1 and "| yes |" in text and "nan" not in text
     assert len(list(out.glob("decompose_text_*.pt"))) == 1
     pytest.importorskip("matplotlib")
@@ -73,7 +83,9 @@ def test_the_page_says_what_the_receipt_measured(example, layer, tmp_path, monke
     assert decompose.main(["--check"]) == 0
     receipt = json.loads(findings.RECEIPT.read_text())
     assert receipt["study"] == json.loads(json.dumps(layer.Study()._asdict())), "a full run's"
-    assert len(receipt["runs"]) == len(layer.ARMS) * len(layer.Study().seeds), "no run is dropped"
+    assert len(receipt["runs"]) == len(layer.WAYS) * len(layer.Study().seeds), "no run is dropped"
+    known = [(r["target"], r["seed"]) for r in receipt["known"]]
+    assert sorted(known) == sorted((n, s) for n in example["decompose_known"].STUDIES for s in decompose.SEEDS)
     receipt["runs"][0]["errors"][-1] += 0.05
     (tmp_path / "decompose.json").write_text(json.dumps(receipt))
     monkeypatch.setattr(findings, "RECEIPT", tmp_path / "decompose.json")
@@ -99,16 +111,16 @@ def test_target_is_trained_once(layer, tmp_path, monkeypatch):
     torch.testing.assert_close(first.layer(first.train).square().mean(), torch.tensor(1.0))
 
 
-def test_arms_start_where_they_say(layer, original):
+def test_ways_start_where_they_say(layer, original):
     """Copies, mixtures and routed copies near the layer, random units far from it."""
     study, target = original
-    for arm in layer.ARMS:
-        if arm.startswith("data"):
+    for way in layer.WAYS:
+        if way.startswith("data"):
             continue
-        model = layer.start(arm, target, study._replace(noise=0.0))
-        assert model.weights()[0].shape == (8 * layer.ARMS[arm], 6)
+        model = layer.start(way, target, study._replace(noise=0.0))
+        assert model.weights()[0].shape == (8 * layer.WAYS[way], 6)
         distance = model.distance().item()
-        assert distance > 0.5 if arm.startswith("random") else distance < 1e-10
+        assert distance > 0.5 if way.startswith("random") else distance < 1e-10
 
 
 def test_gates_keep_the_largest(layer, original):
@@ -138,11 +150,80 @@ def test_routed_units_learn_from_words_of_their_originals(layer, original):
     assert (dw[chosen].abs().amax(1) > 0).all() and (dp.abs().amax(0) > 0).all()
 
 
-def test_active_features_are_what_is_drawn_less_nothing(known):
-    setting = known.Setting(5, 2, 10, 0.3, 1, 1e-3, 1e-3, batch=4000)
-    x = known.active_features(setting)
-    assert x.shape == (4000, 5) and x.any(1).all()
+def test_active_features_are_what_is_drawn_less_nothing(toys):
+    setting = toys.Setting(5, 2, 10, 0.3, 1, 1e-3, 1e-3)
+    x = toys.active_features(setting, 4000)
+    assert x.shape == (4000, 5) and x.any(1).all() and x.min() == 0
     assert abs((x > 0).float().mean() - 0.3 / (1 - 0.7**5)) < 0.02
+    assert toys.active_features(setting, 100, low=-1.0).min() < -0.5
+
+
+@pytest.fixture
+def by_hand(pairs, toys):
+    """A toy model of 4 features in as many dimensions, and the decomposition that gives each a component."""
+    w = torch.linalg.qr(torch.randn(4, 4))[0]
+    pair = pairs.Pair(w, lambda hidden: hidden, w.t(), -0.1 * torch.ones(4), lambda y, x: torch.relu(y))
+    found = pairs.Decomposition(pair, 4, 2).requires_grad_(False)
+    found.inward.read.copy_(torch.eye(4))
+    found.inward.write.copy_(w.t())
+    found.outward.read.copy_(w)
+    found.outward.write.copy_(torch.eye(4))
+    for gates in found.gates:  # logit 100 act - 10: open above 0.1
+        gates.w1.copy_(torch.tensor([200.0, 0.0]))
+        gates.b1.zero_()
+        gates.w2.fill_(0.5)
+        gates.b2.fill_(-10.0)
+    return found
+
+
+def test_recovery_of_a_decomposition_by_hand(by_hand, toys):
+    """Features with a component each come back whole; without error where gates are open or the output is 0."""
+    setting = toys.Setting(4, 4, 4, 0.3, 1, 1e-3, 1e-3)
+    features = torch.eye(4)
+    inward = toys.cosines(features, by_hand.inward.read.t()) * toys.cosines(
+        by_hand.pair.first.t(), by_hand.inward.write
+    )
+    drawn = toys.sparse_features(setting, 500)
+    drawn[drawn < 0.2] = 0
+    found = toys.recovery(by_hand, features, [inward], drawn)
+    assert found.cosine == pytest.approx(1) and found.active == found.planted == 1 and found.error < 1e-10
+    half = [0.5 * inward, inward]
+    assert toys.recovery(by_hand, features, half, drawn).cosine == pytest.approx(0.75)
+    by_hand.gates[0].b2[:2] = 100.0
+    assert toys.recovery(by_hand, features, [inward], drawn).active == 2.5, "two gates open for all, two for their own"
+    by_hand.inward.write[0] *= 0.5
+    assert toys.recovery(by_hand, features, [inward], drawn).error > 0.01
+
+
+def test_reconstruction_of_a_decomposition_by_hand(by_hand, toys):
+    """Nothing is lost where all gates are 1 and the components are the layers, whatever delta is drawn."""
+    x = torch.rand(50, 4)
+    ones, zeros = torch.ones(50, 4), torch.zeros(50, 4)
+    assert by_hand.faithfulness() < 1e-12
+    assert by_hand.reconstruction(x, ones, ones, 1) < 1e-10
+    assert by_hand.reconstruction(x, zeros, ones, 1) > 0.01 and by_hand.reconstruction(x, ones, zeros, 1) > 0.01
+
+
+def test_the_attempt_of_least_loss_is_kept(pairs, monkeypatch):
+    attempts = iter([("a", 3.0), ("b", 1.0), ("c", 2.0)])
+    monkeypatch.setattr(pairs, "_attempt", lambda *_: next(attempts))
+    assert pairs.decompose("toy", None, pairs.Setting(5, 2, 4, 0.1, 1, 1e-3, 1e-3, attempts=3), None) == "b"
+
+
+def test_the_best_of_several_models_is_kept(toys):
+    """Models of which one starts at the answer, another far from it."""
+    start = torch.tensor([[5.0], [1.0], [-3.0]])
+    (found,) = toys.least([start], lambda: (start - 1).square().mean(1), 1e-3, 2)
+    torch.testing.assert_close(found, torch.ones(1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["toy", "residual"])
+def test_models_are_decomposed_in_a_few_steps(toys, monkeypatch, kind):
+    least = toys.least
+    monkeypatch.setattr(toys, "least", lambda *options: least(*options[:3], 20))
+    setting = toys.Setting(6, 3, 12, 0.1, 3, 1e-2, 1e-3, batch=32)
+    found = getattr(toys, f"decompose_{kind}")("a model", setting, 1)
+    assert found.planted == 1 and 0 <= found.active <= 12 and 0 < found.cosine < 1 and 0 < found.error < 10
 
 
 def test_cosines_of_terms(known):
