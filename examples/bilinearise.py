@@ -71,7 +71,7 @@ class Scale(NamedTuple):
     text: Text
 
 
-FULL = Scale(Images(64, 500, 500, (0, 1, 2, 3, 4)), Text(None, 1024, 64, 256, 600, 400, (0, 1, 2)))
+FULL = Scale(Images(64, 500, 500, (0, 1, 2, 3, 4)), Text(None, 512, 64, 256, 400, 300, (0, 1, 2)))
 QUICK = Scale(Images(32, 200, 100, (0, 1)), Text(150, 256, 32, 64, 200, 100, (0,)))
 
 
