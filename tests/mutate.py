@@ -88,6 +88,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "bench/report.py",
         'facts = (*dtypes[: len(dtypes) == 1], clock, *versions, " to ".join(dates[:: (max(len(dates) - 1, 1))]))',
     ): "the maximum is symmetric",
+    ("bench/bench_rank1.py", "k = (max(round(density * c), 1))"): "the maximum is symmetric",
+    (
+        "bench/bench_interaction.py",
+        "ours=ranked(lambda w, v, c: (bo.interaction_topk(v, w, c, n))),",
+    ): "an interaction matrix is symmetric in w and v",
     (
         "bilinear_ops/analysis/eigen/krylov.py",
         "(torch.maximum(vector_norm(y, dim=2), scale, out=scale))",

@@ -54,7 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _Recorder:
-    """A test's context is its name. A fixture that several tests share has its own, which each of these tests gets."""
+    """A test's context is its name. A fixture that several tests share has its own, which each of these tests gets.
+
+    What runs while tests are collected, such as the workloads that parametrise them, belongs to all of them.
+    """
 
     def __init__(self) -> None:
         import coverage
@@ -110,5 +113,5 @@ class _Recorder:
                     for context in lines.get(line, ()):
                         ran[context].add(f"{os.path.realpath(file).removeprefix(f'{ROOT}/')}::{name}")
         for name, record in self.tests.items():
-            record["functions"] = sorted(set().union(*(ran[context] for context in (name, *self.fixtures[name]))))
+            record["functions"] = sorted(set().union(*(ran[context] for context in ("", name, *self.fixtures[name]))))
         Path(os.environ["REACH_RECORD"]).write_text(json.dumps(self.tests))

@@ -115,6 +115,19 @@ def test_a_mistake_is_noticed_and_undone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_runs_at_collection_belongs_to_every_test(tmp_path: Path) -> None:
+    pytest.importorskip("coverage")
+    room = tmp_path / "bench"
+    room.mkdir()
+    (room / "m.py").write_text("def f(a):\n    return a < 3\n")
+    plugin = Path(reach.__file__).read_text()
+    (tmp_path / "reach.py").write_text(plugin.replace("parents[1]", "parent"))  # whose rooms are those of its tree
+    (tmp_path / "test_m.py").write_text("from bench.m import f\n\nFOUND = f(2)\n\n\ndef test_f():\n    assert FOUND\n")
+    (record,) = mutate.records(["test_m.py"], tmp_path).values()
+    assert record["functions"] == ["bench/m.py::f"]
+
+
+@pytest.mark.slow
 def test_a_file_that_is_skipped_has_no_records(tmp_path: Path) -> None:
     pytest.importorskip("coverage")
     skipped, fails = tmp_path / "test_skipped.py", tmp_path / "test_fails.py"
