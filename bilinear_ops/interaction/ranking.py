@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bilinear_ops import _flops, _impl, _op, reference
-from bilinear_ops._check import check, check_integers, check_layer
+from bilinear_ops._check import DTYPES, check, check_integers, check_layer
+from bilinear_ops._impl import PLAIN
 from bilinear_ops._sharding import gathered, is_sharded, over_directions, refuse_sharded, sharded
 from bilinear_ops.composite.blockwise import widen
 from bilinear_ops.composite.interaction import ranking as composite
@@ -77,6 +78,10 @@ def interaction_topk(
             a function as weight, or without a basis for more than 48 outputs.
         ValueError: unknown score, scope or impl, or n out of range.
     """
+    if group is None and weight is None and basis is None:
+        small = _small_ranking(w, v, c, n, score, scope, impl)
+        if small is not None:
+            return small
     if group is not None:
         tensors = (w, v, c, basis, weight)
         refuse_sharded("interaction_topk", tensors, "group= deals plain tensors to the ranks; leave group out")
@@ -89,6 +94,32 @@ def interaction_topk(
     if scope == "global" and is_sharded((w, v, c, basis)):
         return _merged(w, v, c, n, score, weight, basis, impl)
     return _interaction_topk(w, v, c, n, score, scope, weight, basis, impl)
+
+
+def _small_ranking(
+    w: Tensor, v: Tensor, c: Tensor | Directions, n: int, score: str, scope: str, impl: str
+) -> TopInteractions | None:
+    """The ranking of a small layer of plain tensors that nothing sees, by one sort: else None.
+
+    None too for what the op's checks refuse: these comparisons are their own, and cost a small call less.
+    """
+    if not (
+        impl in ("auto", "torch") and isinstance(c, Tensor)
+        and type(w) in PLAIN and type(v) in PLAIN and type(c) in PLAIN
+        and type(n) is int and n > 0 and score in SCORES and scope in SCOPES
+        and _impl.is_unwatched() and not _impl.needs_reference()
+    ):  # fmt: skip
+        return None
+    for t in (w, v, c):
+        if not (t.is_cpu and t.layout is torch.strided and not t.is_nested and t.dtype is w.dtype):
+            return None
+    shape, rows = w.shape, c.shape
+    if not (w.dtype in DTYPES and len(shape) == 2 and v.shape == shape and len(rows) == 2 and rows[1] == shape[0]):
+        return None
+    if torch.is_grad_enabled() and (w.requires_grad or v.requires_grad or c.requires_grad):
+        return None
+    found = composite.ranked_at_once(w, v, c, None, None, None, n, score, scope)
+    return None if found is None else TopInteractions(*found)
 
 
 @sharded("K n", over="K", numbers={"outputs": "K"}, w="h d", v="h d", c="K h", weight="K F F", basis="d F")
