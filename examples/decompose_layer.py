@@ -7,8 +7,8 @@ what its gradients reach:
 - "own" starts from the layer's own units, copied 1, 2 or 4 times with a little noise (`bo.init.expand_gated_mlp`);
 - "random" starts from random units;
 - "mixed" learns units as mixtures of the layer's own (`bo.nn.MixedWeights`), from copies;
-- "routed" starts as own does; w and v of a unit learn only from words where its original is among the k strongest
-  (`bo.nn.routed_gated_mlp`);
+- "routed" starts as own does; w, v and p of a unit learn only from words where its original is among the k strongest,
+  by reconstruction (`bo.nn.routed_gated_mlp`), and from the distance to the layer;
 - "data" knows the layer's inputs and outputs alone: a TopK transcoder (`bo.nn.Transcoder`).
 
 All but "data" learn by stochastic parameter decomposition (arXiv 2506.20790): reconstruction under drawn masks,
@@ -136,9 +136,7 @@ class Gated(nn.Module):
         importances = self.gates(x)
         seed = torch.tensor(step)
         if self.routed:
-            hid = bo.nn.routed_gated_mlp(x, w, v, torch.eye(len(w)), route=self._route(x), activation="silu")
-            unread = torch.zeros_like(w).t()  # acts stand for x read
-            found = bo.stochastic_rank1_linear(x, unread, p.t(), importances.lower, acts=hid, seed=seed)
+            found = self._routed(x, importances.lower, seed)
         else:
             found = bo.stochastic_gated_mlp(x, w, v, p, importances.lower, activation="silu", seed=seed)
         reconstruction = (found[0] - y).square().sum() / y.square().sum()
@@ -147,6 +145,19 @@ class Gated(nn.Module):
         if self.mixtures is None:
             return loss
         return loss + self.study.mixing * torch.stack([mixture.penalty() for mixture in self.mixtures]).sum()
+
+    def _routed(self, x: Tensor, gates: Tensor, seed: Tensor) -> Tensor:
+        """The output under drawn masks; the gradients of w, v and the columns of p come from routed words alone."""
+        w, v, p = self.weights()
+        route = self._route(x)
+        unread = torch.zeros_like(w).t()  # acts stand for x read
+
+        def written(hid: Tensor, p: Tensor, gates: Tensor) -> Tensor:
+            return bo.stochastic_rank1_linear(x, unread, p.t(), gates, acts=hid, seed=seed)
+
+        hid = bo.nn.routed_gated_mlp(x, w, v, torch.eye(len(w)), route=route, activation="silu")
+        of_p = written((hid * route).detach(), p, gates.detach())
+        return written(hid, p.detach(), gates) + of_p - of_p.detach()
 
     def _route(self, x: Tensor) -> Tensor:
         """1 for the copies of a word's strongest original units."""

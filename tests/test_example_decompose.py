@@ -146,8 +146,25 @@ def test_routed_units_learn_from_words_of_their_originals(layer, original):
     chosen = torch.zeros(8).scatter(0, strength[0].topk(3).indices, 1.0).bool().repeat(2)
     found = model.loss(x, torch.randn(1, 6), 1) - model.distance()
     dw, dv, dp = torch.autograd.grad(found, model.weights())
-    assert dw[~chosen].abs().max() < 1e-6 * dw.abs().max() and dv[~chosen].abs().max() < 1e-6 * dv.abs().max()
-    assert (dw[chosen].abs().amax(1) > 0).all() and (dp.abs().amax(0) > 0).all()
+    for gradient in (dw, dv, dp.t()):
+        assert gradient[~chosen].abs().max() < 1e-6 * gradient.abs().max()
+        assert (gradient[chosen].abs().amax(1) > 0).all()
+
+
+def test_routing_leaves_outputs_and_other_gradients(layer, original):
+    """Where every word is routed to every unit, the routed form is the stochastic layer with its gradients."""
+    study, target = original
+    model = layer.start("routed x2", target, study._replace(kept=8))
+    x, seed = target.train, torch.tensor(3)
+    w, v, p = model.weights()
+    gates = model.gates(x).lower
+    found = model._routed(x, gates, seed)
+    expected = bo.stochastic_gated_mlp(x, w, v, p, gates, activation="silu", seed=seed)
+    torch.testing.assert_close(found, expected)
+    of_found, of_expected = (
+        torch.autograd.grad(y.square().sum(), (w, v, p, gates), retain_graph=True) for y in (found, expected)
+    )
+    torch.testing.assert_close(of_found, of_expected)
 
 
 def test_active_features_are_what_is_drawn_less_nothing(toys):
