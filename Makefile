@@ -16,7 +16,7 @@ bench: .venv/installed
 static: .venv/installed
 	$(BIN)/python -m bench.static
 
-# The oldest Triton that is supported; CI checks the newest alone.
+# The oldest Triton that is supported, under the pinned torch: the machine code is Triton's alone. CI checks the newest.
 static-old: .venv-old/installed
 	.venv-old/bin/python -m bench.static
 

@@ -10,6 +10,7 @@ from bilinear_ops import testing
 from bilinear_ops.composite.interaction import matrices as composite
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels.interaction import matrices as kernels
+from bilinear_ops.kernels.interaction import ranking
 from bilinear_ops.testing import assert_no_worse, gradients, randn
 
 PAIRS = config.PairTile(8, 16, 16, 16, 4, 1)  # a tail in every dimension, tiles off the diagonal
@@ -106,7 +107,8 @@ def test_streaming_and_ranking_use_the_kernels(monkeypatch):
         launched.append(args)
         return original(*args, **options)
 
-    monkeypatch.setattr(kernels, "interaction_matrices", recorded)
+    for module in (kernels, ranking):
+        monkeypatch.setattr(module, "interaction_matrices", recorded)
     w, v, c = layer(4, 6, 5)
     list(bo.iter_interaction_matrices(w, v, c, chunk_bytes=4000, impl="triton"))
     top = bo.interaction_topk(w, v, c, 2, impl="triton")

@@ -244,7 +244,11 @@ def test_a_known_fault_is_reported_and_a_mended_one_fails():
     known = (Known("stores", r"sm_90 a_kernel \[float16\]", "as a test"),)
     assert judge(HALF, known=known) == ([], ["stores narrower than 4 bytes to an aligned output: 2:1 (as a test)"])
     assert judge(known=known) == (["no fault of its stores any more: take it off the known ones"], [])
-    others = (Known("blocks", ".*", "another kind"), Known("stores", "sm_90 a_kernel", "not the whole name"))
+    others = (
+        Known("blocks", ".*", "another kind"),
+        Known("stores", "sm_90 a_kernel", "not the whole name"),
+        Known("stores", ".*", "of another version", "3.5.0"),
+    )
     assert len(judge(HALF, known=others, programs=132)[0]) == 1  # the stores'
 
 
