@@ -222,7 +222,8 @@ def gate_forward(
     if isinstance(plan, SplitTile):
         return split(plan)
     arch = config.architecture(x.device)
-    descriptor = config.has_descriptors(arch) and via.describable(x, w, v) and h * x.itemsize % 16 == 0
+    describable = via.describable(x, w, v)
+    descriptor = config.has_descriptors(arch) and describable and h * x.itemsize % 16 == 0
 
     def run(tile: Tile | None) -> tuple[Tensor, Tensor | None]:
         if tile is None:
@@ -249,7 +250,7 @@ def gate_forward(
         return hid, az
 
     tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, h, d, descriptor, config.processors(x.device))
-    if not via.describable(x, w, v):  # of loads of two bytes the split kernel spills
+    if not describable:  # of loads of two bytes the split kernel spills
         tiles = tuple(tile for tile in tiles if not isinstance(tile, SplitTile))
     return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
 

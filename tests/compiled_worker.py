@@ -21,13 +21,13 @@ from triton.runtime.jit import JITFunction
 
 from bench.static import gate, sass
 from bench.static.cases import FAMILIES
-from bilinear_ops.kernels import config, gated, tuning
+from bilinear_ops.kernels import config, few_rows, gated, tuning
 from bilinear_ops.kernels.interaction import matrices
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.results import Gate, Masks
 
-MODULES = (config, gated, matrices, losses, masked, masks, sparse)
+MODULES = (config, few_rows, gated, matrices, losses, masked, masks, sparse)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
