@@ -158,3 +158,19 @@ class Kernel:
     operands: int | None = None
     candidates: tuple[Choice, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+
+
+# What the tuner tries.
+GEMM_TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3, group_m=16),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 64, 4, 3, blocks_per_sm=2),
+    Tile(128, 64, 64, 8, 4),
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 64, 32, 4, 3, blocks_per_sm=2),
+)
+ROW_TILES = tuple(RowTile(rows, columns, 4) for rows, columns in ((8, 128), (16, 64), (16, 128), (32, 64), (64, 64)))
+GATHER_TILES = tuple(RowTile(rows, columns, 4, 3) for rows, columns in ((4, 128), (8, 64), (8, 256), (16, 128)))

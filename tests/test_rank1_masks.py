@@ -12,8 +12,9 @@ import bilinear_ops as bo
 from bilinear_ops import reference
 from bilinear_ops.composite.limits import limits
 from bilinear_ops.composite.rank1 import masks as composite
-from bilinear_ops.kernels import config, tuning
+from bilinear_ops.kernels import tuning
 from bilinear_ops.kernels.rank1 import masks as kernels
+from bilinear_ops.kernels.records import RowTile
 
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -53,7 +54,7 @@ def test_same_for_every_tile(shape, monkeypatch):
     for block in (1, 100, 1 << 15):
         monkeypatch.setattr(limits, "draws", block)
         assert torch.equal(composite.uniform(torch.tensor(5), 0, 2, *shape), expected)
-    for tile in (config.RowTile(16, 128, 4), config.RowTile(32, 16, 4), config.RowTile(64, 64, 4)):
+    for tile in (RowTile(16, 128, 4), RowTile(32, 16, 4), RowTile(64, 64, 4)):
         with tuning.using(uniform_kernel=tile):
             assert torch.equal(kernels.uniform(torch.tensor(5), 0, 2, *shape), expected)
 
@@ -67,7 +68,7 @@ def test_draws_at_any_numbers(draw, monkeypatch):
         row = list(range(5)) if r is None else r.tolist()
         column = list(range(7)) if c is None else c.tolist()
         expected = [[[oracle(5, 1, s, i, j) for j in column] for i in row] for s in range(2)]
-        with tuning.using(uniform_kernel=config.RowTile(2, 4, 4)):
+        with tuning.using(uniform_kernel=RowTile(2, 4, 4)):
             assert draw(torch.tensor(5), 1, 2, 5, 7, r, c).tolist() == expected
 
 

@@ -29,8 +29,9 @@ config.KERNELS["gated_forward_kernel"].tiles["sm_90"] = {config.Tile(128, 128, 6
 """
 NOTHING_WRONG = """
 import dataclasses, torch
+from bilinear_ops.kernels.records import Rejected
 record = config.KERNELS["gated_forward_kernel"]
-spill_free = config.Rejected("sm_90", torch.bfloat16, config.Tile(128, 64, 32, 8, 3), aligned=False)
+spill_free = Rejected("sm_90", torch.bfloat16, config.Tile(128, 64, 32, 8, 3), aligned=False)
 config.KERNELS["gated_forward_kernel"] = dataclasses.replace(record, rejected=(spill_free,))
 """
 BROKEN_SOURCE = """

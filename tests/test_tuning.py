@@ -14,10 +14,11 @@ from triton.runtime.errors import OutOfResources
 
 import bilinear_ops as bo
 from bilinear_ops.kernels import config, launching, tuning
+from bilinear_ops.kernels.records import RowTile
 from bilinear_ops.testing import randn
 
 SMALL = (config.Tile(32, 32, 16, 4, 1), config.Tile(16, 64, 32, 4, 1), config.LIBRARY)
-ROWS = (config.RowTile(16, 32, 4), config.RowTile(32, 16, 4))
+ROWS = (RowTile(16, 32, 4), RowTile(32, 16, 4))
 CANDIDATES = {
     **dict.fromkeys(config.KERNELS, ROWS),
     "gated_forward_kernel": SMALL,
@@ -241,7 +242,7 @@ def test_a_capture_is_seen(capturing, monkeypatch):
 
 
 def test_a_tuned_tile_that_runs_out_steps_down_to_the_table(clock):
-    like, tuned, tried = randn(2, 2), config.RowTile(64, 64, 4), []
+    like, tuned, tried = randn(2, 2), RowTile(64, 64, 4), []
     tuning._chosen[tuning._key("gate_kernel", like, (1,))] = tuned
 
     def run(tile):
