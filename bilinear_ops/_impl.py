@@ -20,6 +20,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _has_dispatch_mode = torch._C._len_torch_dispatch_stack
 _has_function_mode = torch._C._is_torch_function_mode_enabled
 _has_autocast = torch._C._is_any_autocast_enabled
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # as `is_grads_batched` hands gradients to a backward
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -96,9 +97,11 @@ def is_unwatched() -> bool:
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether no dispatch key rewrites any of these: dense tensors on a CPU or GPU, not lazily negated."""
+    """Whether a kernel can read all of these: on a CPU or GPU, no subclasses, not lazily negated or zero."""
     for t in tensors:
-        if t is not None and not (type(t) in PLAIN and (t.is_cuda or t.is_cpu) and not t.is_neg()):
+        if t is not None and not (
+            type(t) in PLAIN and (t.is_cuda or t.is_cpu) and not t.is_neg() and not t._is_zerotensor()
+        ):
             return False
     return True
 

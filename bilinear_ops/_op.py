@@ -20,6 +20,7 @@ if "OPS" in globals():  # as importlib.reload leaves them
     raise RuntimeError(RELOADED.format(__name__))
 OPS = torch.library.Library("bilinear_ops", "DEF")
 T = TypeVar("T")
+AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # of all devices
 
 # What a differentiable op does, by the op, for calls past the dispatcher.
 _direct: dict[Any, Callable[..., Any]] = {}
@@ -97,9 +98,11 @@ def differentiable(
 def direct(op: Any) -> Callable[..., Any]:
     """The op without its two ways through the dispatcher, which cost a small layer more than its arithmetic.
 
-    For plain arguments where nothing watches; a profiler is to see the op.
+    For plain arguments where nothing watches. The op itself for a profiler, which is to see it, and inside another
+    op's implementation, which records no derivatives.
     """
-    return op if torch.autograd._profiler_enabled() else _direct.get(op, op)
+    seen = torch.autograd._profiler_enabled() or torch._C._dispatch_tls_is_dispatch_key_excluded(AUTOGRAD)
+    return op if seen else _direct.get(op, op)
 
 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
@@ -153,7 +156,7 @@ def _connect(
 
     def backward_direct(dy: Tensor, *args: Any) -> Any:
         unseen = _impl.is_unwatched() and not (_impl.needs_reference() or torch.autograd._profiler_enabled())
-        plain = unseen and _impl.are_plain(dy, *args[: of.kept + of.tensors])
+        plain = unseen and not _impl.is_batched(dy) and _impl.are_plain(dy, *args[: of.kept + of.tensors])
         return (backward_kernel if plain else backward_op)(dy, *args)
 
     def forward(run: Callable[..., Any], ctx: Any, *args: Any) -> Any:

@@ -93,7 +93,7 @@ def small_masks(
         and -(1 << 63) <= seed < 1 << 63
     ):  # fmt: skip
         return None
-    gates = gates if len(masked) == 2 else gates.reshape(-1, c[1])
+    gates = gates if len(masked) == 2 else gates.reshape(rows[:-1].numel(), c[1])
     return Masks(gates, None, None, None, None, None, None, stream, samples, sampling)
 
 

@@ -236,7 +236,7 @@ def _gated(
     tensors = (w, v, p, b_w, b_v, b_p, beta if isinstance(beta, Tensor) else None)
     save = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in (x, *tensors))
     found = number_tensors(activation, numbers, x)
-    op = _op.direct(gated_op) if plain else gated_op
+    op = _op.direct(gated_op) if plain and _impl.are_plain(*found) else gated_op
     y, _ = op(_rows(x), *tensors[:-1], *found, activation, save, impl)
     if x.dim() == 2:
         return y

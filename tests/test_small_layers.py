@@ -364,6 +364,14 @@ def test_masks_checked_at_once(tokens, samples, sampling, monkeypatch):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("bound", (0, -1), ids=("eager", "op"))
+def test_no_subcomponents_leave_the_bias(bound, monkeypatch):
+    monkeypatch.setattr(limits, "kept_masks", bound)
+    bias = randn(OUT)
+    y = masked(read=randn(D, 0), write=randn(0, OUT), gates=torch.rand(3, 7, 0), bias=bias)
+    assert torch.equal(y, bias.expand(2, 3, 7, OUT))
+
+
 @pytest.mark.parametrize(
     "changes",
     (

@@ -46,9 +46,8 @@ def blend(gates: Tensor, r: Tensor) -> Tensor:
 
 def sample_states(seed: int | Tensor, site: int, samples: int) -> Sequence[int | Tensor]:
     """The states of the samples of one site: seed int64 [], or on CPU an int."""
-    if (
-        isinstance(seed, int) or seed.device.type == "cpu"
-    ):  # a few numbers: Python's arithmetic takes less than the calls
+    if isinstance(seed, int) or seed.device.type == "cpu":
+        # a few numbers: Python's arithmetic takes less than the calls
         first = _mixed(int(seed) + (site + 1) * GOLDEN)
         words = [_mixed(first + sample * GOLDEN) for sample in range(1, samples + 1)]
         return [word - (word >> 63 << 64) for word in words]
