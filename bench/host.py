@@ -119,7 +119,7 @@ def launch_seconds() -> float:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.host", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="timing per workload")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timing per workload; default: 10")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="append receipts (default: bench/results)")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -21,20 +21,34 @@ from bench.harness.receipts import KINDS, RESULTS, ROOT, load, tree_hash
 from bench.harness.svg import ratio_chart
 
 STALE = "†"
+UNTIMED = "not timed"  # the clock of what failed or was checked alone
 Receipt = dict[str, Any]
 Section = tuple[str, str, str]  # kind, device, clock
 
 
 def latest(folder: Path = RESULTS) -> list[Receipt]:
-    """The last receipt of every (kind, device, clock, op, case, shape, dtype), in a fixed order."""
+    """The last receipt of every (kind, device, clock, op, case, shape, dtype), in a fixed order.
+
+    What was not timed has no clock of its own: a later receipt of the same workload, of any clock, takes its place.
+    """
     found: dict[tuple[str, ...], Receipt] = {}
+    dates: dict[tuple[str, ...], str] = {}  # the last one's of a workload, whatever its clock
     for path in sorted(folder.glob("*.jsonl")):
         for receipt in load(path):
-            sizes = (f"{n:012}" for n in receipt["shape"].values())
-            key = (*_section(receipt), receipt["op"], receipt["case"], receipt["dtype"], *sizes)
+            key = (*_section(receipt), *_workload(receipt))
             if key not in found or found[key]["date"] <= receipt["date"]:
                 found[key] = receipt
-    return [found[key] for key in sorted(found)]
+            dates[key[:2] + key[3:]] = max(receipt["date"], dates.get(key[:2] + key[3:], ""))
+    return [
+        receipt
+        for key, receipt in sorted(found.items())
+        if receipt["clock"] != UNTIMED or receipt["date"] == dates[key[:2] + key[3:]]
+    ]
+
+
+def _workload(receipt: Receipt) -> tuple[str, ...]:
+    sizes = (f"{n:012}" for n in receipt["shape"].values())
+    return receipt["op"], receipt["case"], receipt["dtype"], *sizes
 
 
 def _section(receipt: Receipt) -> Section:
@@ -77,7 +91,8 @@ def _table(section: Section, group: list[Receipt], tree: str) -> str:
         case = f"`{r['op']}` | {_case(r, len(dtypes) > 1)}{stale}"
         best = r["best_baseline"]
         if r.get("p50") is None:
-            lines.append(f"| {case} | failed: {r['failed'].get('ours', 'not timed')} | | | |")
+            why = f"failed: {r['failed']['ours']}" if "ours" in r["failed"] else "correct, not timed"
+            lines.append(f"| {case} | {why} | | | |")
         elif best is None:
             lines.append(f"| {case} | {duration(r['p50'])} | none | | |")
         else:

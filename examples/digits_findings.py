@@ -5,6 +5,7 @@ The page docs/findings.md holds this text between two marks; `check` compares it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import mean
 
 import findings_page
@@ -43,6 +44,11 @@ def text(receipt: Receipt) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def points(found: Sequence[float]) -> str:
+    """Mean and range, as percentage points."""
+    return spread([100 * share for share in found], ".1f")
+
+
 def regularisers(receipt: Receipt) -> list[list[str]]:
     """One row each."""
     columns = (
@@ -56,7 +62,7 @@ def regularisers(receipt: Receipt) -> list[list[str]]:
         [
             name,
             *(spread(values(receipt, name, key), form) for key, form in columns),
-            spread([100 * c for c in mask_cost(receipt, name, "edge")], ".1f"),
+            points(mask_cost(receipt, name, "edge")),
         ]
         for name in names(receipt)
     ]
@@ -67,18 +73,18 @@ def expectations(receipt: Receipt) -> list[tuple[str, str, str]]:
     rows = []
     for of, name in (("", "all digits"), ("_of_3", "masks of 3")):
         plain, regularised = (mask_cost(receipt, setting, "edge", of) for setting in (PLAIN, REGULARISED))
-        rates = [mean(values(receipt, PLAIN, f"masks.all{control}.targeted{of}")) for control in ("", "_permuted")]
+        rates = [values(receipt, PLAIN, f"masks.all{control}.targeted{of}") for control in ("", "_permuted")]
         rows += [
             (
                 f"edge masks cost 25 points more than permuted ones without regularisation ({name})",
-                f"{mean(plain):.1%}",
+                f"{points(plain)} points",
                 mean(plain) >= 0.25,
             ),
-            (f"at most 5 points with it ({name})", f"{mean(regularised):.1%}", mean(regularised) <= 0.05),
+            (f"at most 5 points with it ({name})", f"{points(regularised)} points", mean(regularised) <= 0.05),
             (
                 f"targeted rate 4 times the permuted one ({name}, all pixels, no regularisation)",
-                f"{rates[0]:.1%} against {rates[1]:.1%}",
-                rates[0] >= 4 * rates[1],
+                " against ".join(spread(rate, ".1%") for rate in rates),
+                mean(rates[0]) >= 4 * mean(rates[1]),
             ),
         ]
     losses = [
@@ -87,13 +93,14 @@ def expectations(receipt: Receipt) -> list[tuple[str, str, str]]:
             values(receipt, REGULARISED, "accuracy"), values(receipt, REGULARISED, "truncated"), strict=True
         )
     ]
-    energies = [mean(values(receipt, f"noise {n}, decay 0.0", "edge_energy")) for n in NOISES]
+    energies = [values(receipt, f"noise {n}, decay 0.0", "edge_energy") for n in NOISES]
+    means = [mean(energy) for energy in energies]
     rows += [
-        ("8 eigenvectors a class within a point of the whole", f"{max(losses):.1%} at most", max(losses) <= 0.01),
+        ("8 eigenvectors a class within a point of the whole", f"{points(losses)} points", max(losses) <= 0.01),
         (
             "edge energy falls over noise 0, .15, .4",
-            ", ".join(f"{e:.3f}" for e in energies),
-            energies[0] > energies[1] > energies[2],
+            ", ".join(spread(energy, ".3f") for energy in energies),
+            means[0] > means[1] > means[2],
         ),
     ]
     return [(expected, found, "yes" if met else "no") for expected, found, met in rows]

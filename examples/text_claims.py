@@ -101,8 +101,8 @@ def pairs(receipt: Receipt) -> list[Finding]:
             verdict([a > b for a, b in zip(weighted, largest, strict=True)]),
         ),
         Finding(
-            "Features that interact stand out on the plane of the most positive and the most negative eigenvector "
-            "(read as: the plane gives the 15 weighted interactions with a cosine of .8)",
+            "The most positive and the most negative eigenvector show which features interact "
+            "(read as: their plane gives the 15 weighted interactions with a cosine of .8)",
             "5.1, Figure 8",
             f"{spread(plane)}; the 15 largest {spread(values(receipt, 'plane/largest'))}",
             verdict([found > 0.8 for found in plane]),

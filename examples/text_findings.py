@@ -35,8 +35,10 @@ def text(receipt: Receipt) -> str:
         table(("of", "inputs", *(f"first {n}" for n in SHOWN)), curves(receipt)),
         "### Output features that their interactions explain best",
         f"Of seed {scale['seeds'][0]}. The last word of a context, in brackets, is where the feature is most active; "
-        "it promotes words that follow. An input feature is named by the words at which it is strongest.",
-        table(("feature", "promotes", "contexts", "strongest pairs of input features"), stories(receipt)),
+        "it promotes words that follow. An input feature is named by the words at which it is strongest; two features "
+        "may have one name. Pairs are the strongest when weighted by co-activation, in that order; the number is the "
+        "strength alone.",
+        table(("feature", "promotes", "contexts", "pairs of input features"), stories(receipt)),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -124,6 +124,18 @@ def test_report_takes_the_latest_and_marks_the_stale(tmp_path: Path) -> None:
     assert "measured before" not in report.text(found[:1], "now", "plots")
 
 
+def test_a_later_time_takes_the_place_of_a_failure(tmp_path: Path) -> None:
+    """And not of a later failure, nor of another workload's."""
+    untimed = {"clock": "not timed", "p50": None, "best_baseline": None}
+    failed = _receipt(**untimed, failed={"ours": "wrong"})
+    mended = _receipt(date="2026-02-01T00:00:00Z")
+    other = {**failed, "case": "other"}
+    assert report.latest(_written(tmp_path, failed, mended, other)) == [mended, other]
+    assert report.latest(_written(tmp_path, {**failed, "date": "2026-03-01T00:00:00Z"}, mended))[1]["failed"]
+    text = report.text([failed, _receipt(**untimed, case="checked")], "now", "plots")
+    assert "case; m 2 | failed: wrong |" in text and "checked; m 2 | correct, not timed |" in text
+
+
 def test_report_keeps_kinds_apart(tmp_path: Path) -> None:
     interpreted = _receipt(kind="interpreted", clock="not timed", p50=None)
     found = report.latest(_written(tmp_path, interpreted, _receipt(kind="modelled"), _receipt()))
