@@ -215,8 +215,8 @@ def gate_forward(
         return hid, az
 
     def split(tile: SplitTile) -> tuple[Tensor, Tensor | None]:
-        parts = partial_sums(x, w, v, tile, (*key, "parts"))
-        gate_of_sums(parts, b_w, b_v, gate_of.activation, numbers, hid, a, z, (*key, "sum"))
+        parts = partial_sums(x, w, v, tile, (*key, tile, "parts"))
+        gate_of_sums(parts, b_w, b_v, gate_of.activation, numbers, hid, a, z, (*key, tile, "sum"))
         return hid, az
 
     if isinstance(plan, SplitTile):
