@@ -10,6 +10,10 @@ back, on seeds 100 to 102:
   one component of the second layer seldom stands for two opposite features;
 - the first layer's own output as a small further target: the model's ReLU hides much of what goes wrong there. At ten
   times its weight features of larger toys are split.
+
+The toy of 40 features needs more components still, and gates that begin as rising functions of their activation:
+without, components of the second layer read two opposite features and open for both. On seed 100 the mean cosine is
+0.92 with 200 components, 0.94 with 320, 0.99 with 320 and rising gates.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ class Setting(NamedTuple):
     hidden: int = 8  # units of a gate network
     attempts: int = 1
     exponent: float = 1.0  # of the minimality at the first step; 1 at the last
+    rising: bool = False  # all gates begin open on positive activations, and on no others
 
 
 class Pair(NamedTuple):
@@ -72,7 +77,7 @@ class Pair(NamedTuple):
 class Decomposition(torch.nn.Module):
     """Subcomponents of both layers, with gates of their own activations."""
 
-    def __init__(self, pair: Pair, components: int, hidden: int):
+    def __init__(self, pair: Pair, components: int, hidden: int, rising: bool = False):
         super().__init__()
         self.pair = pair
         (m, d), o = pair.first.shape, len(pair.second)
@@ -81,6 +86,8 @@ class Decomposition(torch.nn.Module):
         self.gates = torch.nn.ModuleList([bo.nn.Gates(0, components, hidden) for _ in range(2)])
         for network in self.gates:
             network.w1.data.abs_()  # open on one sign of the activation
+            if rising:
+                network.w2.data.abs_()
 
     def importances(self, x: Tensor) -> list[bo.nn.Importances]:
         """Of both layers' components."""
@@ -119,7 +126,7 @@ def decompose(name: str, pair: Pair, setting: Setting, draw: Callable[[int], Ten
 
 def _attempt(name: str, pair: Pair, setting: Setting, draw: Callable[[int], Tensor]) -> tuple[Decomposition, float]:
     """A decomposition and its mean loss over the last tenth of the steps."""
-    found = Decomposition(pair, setting.components, setting.hidden)
+    found = Decomposition(pair, setting.components, setting.hidden, setting.rising)
     components = [*found.inward.parameters(), *found.outward.parameters()]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(components, lr=0.01, weight_decay=0.1)
     for _ in range(WARM_UP):

@@ -23,9 +23,9 @@ from torch import Tensor
 PROBE = 0.75
 TOYS = {
     "toy 5-2": Setting(5, 2, 40, 0.05, 1000, 1e-2, 1e-2, attempts=2),
-    "toy 40-10": Setting(40, 10, 200, 0.05, 800, 2e-2, 1.5e-3, exponent=2.0),
+    "toy 40-10": Setting(40, 10, 320, 0.05, 800, 2e-2, 1.5e-3, exponent=2.0, rising=True),
 }
-RESIDUAL = Setting(20, 10, 60, 0.05, 1000, 1e-2, 1e-3, exponent=2.0)  # dimensions is the number of neurons
+RESIDUAL = Setting(20, 10, 120, 0.05, 1000, 1e-2, 1e-3, exponent=2.0, rising=True)  # dimensions: its neurons
 EMBEDDING = 200  # of the residual stream
 
 

@@ -221,6 +221,15 @@ def test_reconstruction_of_a_decomposition_by_hand(by_hand, toys):
     assert by_hand.reconstruction(x, zeros, ones, 1) > 0.01 and by_hand.reconstruction(x, ones, zeros, 1) > 0.01
 
 
+def test_rising_gates_begin_open_on_positive_activations_alone(by_hand, pairs):
+    found = pairs.Decomposition(by_hand.pair, 8, 4, rising=True)
+    acts = torch.tensor([-2.0, -0.5, 0.5, 2.0])[:, None].expand(4, 8)
+    for gates in found.gates:
+        lower = gates(acts).lower
+        assert (lower[:2] < 0.1).all() and (lower[2:] > 0).all()
+        assert (lower[3] >= lower[2]).all()
+
+
 def test_the_attempt_of_least_loss_is_kept(pairs, monkeypatch):
     attempts = iter([("a", 3.0), ("b", 1.0), ("c", 2.0)])
     monkeypatch.setattr(pairs, "_attempt", lambda *_: next(attempts))
