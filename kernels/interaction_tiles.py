@@ -152,23 +152,23 @@ KERNELS = {
                 }
                 for arch, tile, registers in (
                     ("sm_80", Tile(128, 128, 32, 8, 3), 209),
-                    ("sm_100", Tile(128, 256, 64, 8, 3), 255),
+                    ("sm_100", Tile(128, 256, 64, 8, 3), 224),
                     ("sm_120", Tile(128, 128, 32, 8, 2), 215),
                     ("gfx942", Tile(128, 128, 32, 8, 2), 115),
                 )
             },
         },
-        interpreted=Tile(32, 32, 256, 4, 1),
+        interpreted=Tile(32, 32, 64, 4, 1),
         fp32={
             arch: {
                 tile: Compiled(f"{arch} interaction_coefficients_kernel [float32 K=512 full]", "registers", registers)
             }
             for arch, tile, registers in (
-                ("sm_80", Tile(64, 32, 32, 4, 3), 165),
-                ("sm_90", Tile(64, 64, 32, 4, 3), 168),
-                ("sm_100", Tile(64, 64, 32, 4, 3), 164),
-                ("sm_120", Tile(64, 32, 32, 4, 2), 187),
-                ("gfx942", Tile(64, 64, 32, 4, 2), 92),
+                ("sm_80", Tile(64, 32, 32, 4, 3), 204),
+                ("sm_90", Tile(64, 64, 32, 4, 3), 211),
+                ("sm_100", Tile(64, 64, 32, 4, 3), 228),
+                ("sm_120", Tile(64, 32, 32, 4, 2), 203),
+                ("gfx942", Tile(64, 64, 32, 4, 2), 124),
             )
         },
         candidates=(

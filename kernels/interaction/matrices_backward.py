@@ -86,10 +86,14 @@ def interaction_coefficients_kernel(
     k = tl.program_id(0) % tiles_k * BLOCK_K
     BLOCK_I: tl.constexpr = BLOCK_P // STRIP
     product = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
     for n in range(0, tl.cdiv(strips - tl.program_id(1), PARTS)):
         s = tl.program_id(1) + n * PARTS
         w_j = load_rows(w_ptr, stride_w, h, H, s * STRIP, BLOCK_H, STRIP).to(tl.float32)
         v_j = load_rows(v_ptr, stride_w, h, H, s * STRIP, BLOCK_H, STRIP).to(tl.float32)
+        if g_ptr.dtype.element_ty == tl.float32:  # sums of a strip, then of strips: one long sum would round too often
+            total += product
+            product = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
         for i in range(0, (s + 1) * STRIP, BLOCK_I):
             w_i = load_rows(w_ptr, stride_w, h, H, i, BLOCK_H, BLOCK_I).to(tl.float32)
             v_i = load_rows(v_ptr, stride_w, h, H, i, BLOCK_H, BLOCK_I).to(tl.float32)
@@ -97,6 +101,7 @@ def interaction_coefficients_kernel(
             pairs = w_i[:, :, None] * v_j[:, None, :] + v_i[:, :, None] * w_j[:, None, :]
             pairs = pairs.reshape(BLOCK_H, BLOCK_P).to(g.dtype)
             product = tl.dot(pairs, g.T, product, input_precision=PRECISION)
+    product += total
     p_dc = dc_ptr + tl.program_id(1).to(tl.int64) * H * K
     store_tile(p_dc, K, h, k, H, K, product, False)
 
