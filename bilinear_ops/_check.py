@@ -87,14 +87,14 @@ def is_plain_layer(
         and len(shape) == 2 and v.shape == shape and rows and rows[-1] == shape[1]
         and x.layout is STRIDED and w.layout is STRIDED and v.layout is STRIDED
         and (x.is_cpu and w.is_cpu and v.is_cpu or x.is_cuda and x.device == w.device == v.device)
-        and (b_w is None or _is_plain_like(b_w, x) and b_w.shape == shape[:1])
-        and (b_v is None or _is_plain_like(b_v, x) and b_v.shape == shape[:1])
+        and (b_w is None or is_plain_like(b_w, x) and b_w.shape == shape[:1])
+        and (b_v is None or is_plain_like(b_v, x) and b_v.shape == shape[:1])
     ):  # fmt: skip
         return False
     if p is not None:
-        down = p.shape if _is_plain_like(p, x) else ()
+        down = p.shape if is_plain_like(p, x) else ()
         if not (
-            len(down) == 2 and down[1] == shape[0] and (b_p is None or _is_plain_like(b_p, x) and b_p.shape == down[:1])
+            len(down) == 2 and down[1] == shape[0] and (b_p is None or is_plain_like(b_p, x) and b_p.shape == down[:1])
         ):
             return False
     return (
@@ -104,7 +104,8 @@ def is_plain_layer(
     )
 
 
-def _is_plain_like(t: Tensor, x: Tensor) -> bool:
+def is_plain_like(t: Tensor, x: Tensor) -> bool:
+    """Whether t is dense, no subclass, and of x's dtype and device."""
     return (
         type(t) in PLAIN
         and t.dtype is x.dtype

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bilinear_ops import _impl, reference
-from bilinear_ops._check import DTYPES
+from bilinear_ops._check import DTYPES, is_plain_like
 from bilinear_ops._gate import check_gate
 from bilinear_ops._impl import PLAIN
 from bilinear_ops.composite.limits import limits
@@ -50,10 +50,6 @@ def small_layer(
     return hid if p is None else linear(hid, p, b_p)
 
 
-def _is_like(t: Tensor, dtype: torch.dtype) -> bool:
-    return type(t) in PLAIN and t.layout is torch.strided and t.is_cpu and t.dtype is dtype
-
-
 def small_masks(
     x: Tensor,
     read: Tensor,
@@ -70,19 +66,18 @@ def small_masks(
     None too for what the ops' checks refuse: these comparisons are their own.
     """
     if not (
-        type(x) in PLAIN and type(read) in PLAIN and type(write) in PLAIN and type(gates) in PLAIN
+        type(x) in PLAIN and type(gates) in PLAIN
         and type(seed) is int and type(stream) is int and type(samples) is int
         and sampling in SAMPLINGS
         and _impl.is_unwatched()
         and not _impl.needs_reference()
     ):  # fmt: skip
         return None
-    dtype = x.dtype
     if not (
-        _is_like(x, dtype) and _is_like(read, dtype) and _is_like(write, dtype) and _is_like(gates, gates.dtype)
-        and not x.is_nested
-        and dtype in DTYPES and gates.dtype in DTYPES
-        and (bias is None or _is_like(bias, dtype) and bias.shape == write.shape[1:])
+        x.is_cpu and is_plain_like(x, x) and is_plain_like(read, x) and is_plain_like(write, x)
+        and gates.is_cpu and is_plain_like(gates, gates)
+        and x.dtype in DTYPES and gates.dtype in DTYPES
+        and (bias is None or is_plain_like(bias, x) and bias.shape == write.shape[1:])
     ):  # fmt: skip
         return None
     rows, c, masked = x.shape, read.shape, gates.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bilinear_ops import _flops, _impl, _op, reference
-from bilinear_ops._check import DTYPES, check, check_integers, check_layer
+from bilinear_ops._check import DTYPES, check, check_integers, check_layer, is_plain_like
 from bilinear_ops._impl import PLAIN
 from bilinear_ops._sharding import gathered, is_sharded, over_directions, refuse_sharded, sharded
 from bilinear_ops.composite.blockwise import widen
@@ -105,14 +105,11 @@ def _small_ranking(
     """
     if not (
         impl in ("auto", "torch") and isinstance(c, Tensor)
-        and type(w) in PLAIN and type(v) in PLAIN and type(c) in PLAIN
         and type(n) is int and n > 0 and score in SCORES and scope in SCOPES
         and _impl.is_unwatched() and not _impl.needs_reference()
+        and type(w) in PLAIN and w.is_cpu and all(is_plain_like(t, w) for t in (w, v, c))
     ):  # fmt: skip
         return None
-    for t in (w, v, c):
-        if not (t.is_cpu and t.layout is torch.strided and not t.is_nested and t.dtype is w.dtype):
-            return None
     shape, rows = w.shape, c.shape
     if not (w.dtype in DTYPES and len(shape) == 2 and v.shape == shape and len(rows) == 2 and rows[1] == shape[0]):
         return None
