@@ -18,7 +18,7 @@ from bilinear_ops.composite.limits import Limits, limits
 from bilinear_ops.testing import gradients
 
 ROOT = Path(bo.__file__).parent
-ROOMS = ("composite", "interaction", "rank1", "analysis", "gated.py")
+ROOMS = ("composite", "interaction", "rank1", "analysis", "gated.py", "_gated_backward.py")
 CUTS = ("blocks", "_activations")  # the functions that cut a range into blocks, one `for` each
 
 

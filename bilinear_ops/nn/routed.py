@@ -10,6 +10,7 @@ from torch import Tensor
 from bilinear_ops import _impl, _op, gated
 from bilinear_ops._check import check, check_beside, check_integers, check_reals
 from bilinear_ops._gate import Numbers, check_mlp, number_tensors
+from bilinear_ops._gated_backward import backward, unpack
 
 RULES = ("threshold", "topk", "proportional")
 
@@ -98,7 +99,7 @@ class _Routed(torch.autograd.Function):
         az, x, w, v, p, b_w, b_v, b_p, beta, route = ctx.saved_tensors
         activation, impl = ctx.options
         need = list(ctx.needs_input_grad[:8])
-        found = gated.backward(dy, az, x, w, v, p, b_w, b_v, b_p, beta, None, None, activation, need, impl, route=route)
+        found = backward(dy, az, x, w, v, p, b_w, b_v, b_p, beta, None, None, activation, need, impl, route=route)
         dx, dwv, dp, db, db_p, dbeta = (_op.or_empty(t, dy) for t in found)
-        gradients = gated.unpack(dx, dwv, dp, db, db_p, dbeta, need)
+        gradients = unpack(dx, dwv, dp, db, db_p, dbeta, need)
         return *(g if n else None for g, n in zip(gradients, need, strict=True)), None, None, None
