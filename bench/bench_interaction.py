@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -302,14 +304,30 @@ def _inner(device: torch.device, d: int, h: int, outputs: int) -> Workload:
 
 
 def tilings(device: torch.device, size: str) -> Iterator[Workload]:
-    """The kernels of both orders of contraction."""
-    from bilinear_ops.kernels.interaction import matrices
+    """The kernels of both orders of contraction, and where gradients go by pairs, theirs."""
+    from bilinear_ops.composite.interaction.matrices import interaction_matrices_backward as composite
+    from bilinear_ops.kernels import config
+    from bilinear_ops.kernels.interaction import matrices, matrices_backward
+
+    def gradients(fn: Callable[..., Any], *need: bool) -> Callable[..., Any]:
+        return lambda dq, w, v, c: tuple(itertools.compress(fn(dq, w, v, c, None, list(need)), need))
 
     dtype = torch.bfloat16
     for outputs, d, h in MATRICES[device.type, size]:
         tensors = (((h, d), d**-0.5), ((h, d), d**-0.5), ((outputs, h), h**-0.5))
+        shape, matrix = {"K": outputs, "d": d, "h": h}, ((outputs, d, d), d**-0.5)
+        products, moved = 2 * outputs * d * d * h, (2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize
         yield tiling(
-            "interaction_matrices", {"K": outputs, "d": d, "h": h}, dtype, draw(device, dtype, *tensors), _in_chunks,
-            lambda w, v, c: matrices.interaction_matrices(w, v, c, None, False), device,
-            2 * outputs * d * d * h, (2 * h * d + outputs * h + outputs * d * d) * dtype.itemsize,
+            "interaction_matrices", shape, dtype, draw(device, dtype, *tensors), _in_chunks,
+            lambda w, v, c: matrices.interaction_matrices(w, v, c, None, False), device, products, moved,
         )  # fmt: skip
+        if not config.interaction_pairs(config.architecture(device), dtype, outputs):
+            continue
+        for kernel, need in (
+            ("interaction_weights_kernel", (True, True, False, False)),
+            ("interaction_coefficients_kernel", (False, False, True, False)),
+        ):
+            yield tiling(
+                kernel, shape, dtype, draw(device, dtype, matrix, *tensors), gradients(composite, *need),
+                gradients(matrices_backward.interaction_matrices_backward, *need), device, products, moved,
+            )  # fmt: skip
