@@ -133,7 +133,7 @@ KERNELS = {
                 RowTile(64, 64, 8): Compiled("sm_90 interaction_strips_kernel [bfloat16 K=512 full]", "registers", 48)
             }
         },
-        interpreted=RowTile(64, 64, 4),
+        interpreted=RowTile(32, 32, 4),
         candidates=(RowTile(64, 64, 8), RowTile(64, 64, 4), RowTile(32, 32, 4)),
     ),
     # neurons by directions; the pairs' factor is made in registers
@@ -158,7 +158,7 @@ KERNELS = {
                 )
             },
         },
-        interpreted=Tile(32, 32, 64, 4, 1),
+        interpreted=Tile(32, 16, 64, 4, 1),
         fp32={
             arch: {
                 tile: Compiled(f"{arch} interaction_coefficients_kernel [float32 K=512 full]", "registers", registers)
@@ -199,7 +199,7 @@ KERNELS = {
                 )
             },
         },
-        interpreted=Tile(32, 256, 32, 4, 1),
+        interpreted=Tile(32, 256, 16, 4, 1),
         fp32={
             arch: {tile: Compiled(f"{arch} interaction_weights_kernel [float32 K=512 full]", "registers", registers)}
             for arch, tile, registers in (

@@ -50,6 +50,7 @@ def test_error_and_outputs_are_those_of_the_layer_returned():
     close(layer_of_it(x), bo.quadratic_form(x, fitted))
 
 
+@pytest.mark.ci
 def test_a_penalty_trades_error_for_sparsity():
     w, v, p = layer(4, 6, 3)
     free, light, heavy = (

@@ -282,7 +282,7 @@ def test_gpu_clock_counts_the_device_and_not_the_host(host: float, monkeypatch: 
     assert [clock(run) for _ in range(3)] == pytest.approx([200e-6] * 3)
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 def test_gpu_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):

@@ -69,7 +69,7 @@ def test_faithfulness_is_never_in_plain_tf32(switch):
     assert launched == {**dict.fromkeys(TENSOR_CORES, ["tf32x3"]), "gfx942": ["ieee"]}
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 @pytest.mark.parametrize("kernel", ("uniform_kernel", "mask_kernel", "mask_backward_kernel"))
 def test_masks_are_drawn_without_fused_multiply_adds(kernel):
     """A fused product and sum rounds once and gives other masks than the specification's. Allowed, they are there."""
@@ -100,7 +100,7 @@ NARROW_BY_THEMSELVES = {
 }
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 def test_a_dropped_cast_to_64_bits_is_noticed():
     """Each cast of the kernels, dropped alone, leaves a narrow product, but for those named here."""
     noticed = found("casts")

@@ -18,7 +18,10 @@ from torch.distributed import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
+]
 
 
 class Launch(NamedTuple):

@@ -75,7 +75,7 @@ def test_the_page_says_what_its_receipt_measured(bilinearise, monkeypatch, tmp_p
     assert bilinearise.main(["--check"]) == 1
 
 
-@pytest.mark.slow  # CI runs it
+@pytest.mark.ci
 def test_quick_finds_the_signs(bilinearise, tmp_path, capsys):
     """Bilinear networks stay close to continued training; on text, annealing costs less than an abrupt switch."""
     assert bilinearise.main(["--quick", "--out", str(tmp_path)]) == 0

@@ -58,6 +58,7 @@ def quick(example, tmp_path_factory):
     return json.loads((out / "decompose.json").read_text()), out
 
 
+@pytest.mark.ci
 def test_planted_terms_come_back(quick):
     """Every term with its own component, and no more of these active than there are terms."""
     (recovery,) = quick[0]["known"]
@@ -66,6 +67,7 @@ def test_planted_terms_come_back(quick):
     assert recovery["error"] < 0.01
 
 
+@pytest.mark.ci
 def test_quick_run_compares_all_ways(example, layer, quick):
     receipt, out = quick
     assert [r["way"] for r in receipt["runs"]] == list(layer.WAYS)

@@ -272,7 +272,7 @@ def quick(digits, tmp_path_factory):
     return json.loads((out / "digits.json").read_text()), out
 
 
-@pytest.mark.slow  # CI runs it
+@pytest.mark.ci
 def test_quick_finds_the_signs(digits, claims, quick):
     found, _ = quick
     assert found["scale"]["seeds"] == [0, 1]

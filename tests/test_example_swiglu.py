@@ -32,6 +32,7 @@ def network(swiglu, data):
     return swiglu.train(data, swiglu.QUICK, 0)
 
 
+@pytest.mark.ci
 def test_a_trained_swiglu_is_read(swiglu, data, network):
     found = swiglu.measure(network, data)
     kept = torch.tensor(found["kept"])

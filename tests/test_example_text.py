@@ -215,6 +215,7 @@ def test_sentences_keep_the_rule():
     assert 0.4 < drawn.verb[other].float().mean() < 0.6
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("seed", [0, 1])
 def test_planted_circuit_is_found(seed):
     """The AND-gate of "not" and "good" in the matrix of hate - love, and of "not" and "bad" with the other sign."""
@@ -278,7 +279,7 @@ def test_a_claim_that_does_not_hold_is_said_to_differ(receipt):
     assert met["the reconstruction of the output adds at most a tenth of the loss that zeroing adds"] == "no"
 
 
-@pytest.mark.slow  # CI runs it
+@pytest.mark.ci
 def test_quick_finds_the_signs(tmp_path, capsys):
     assert text.main(["--quick", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "text.json").read_text())

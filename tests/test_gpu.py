@@ -36,7 +36,9 @@ def find(name: str, device: str) -> Workload:
 
 
 @pytest.mark.parametrize(
-    ("device", "name"), [("cpu", n) for n in ONE_EACH] + [pytest.param("cuda", n, marks=GPU.marks) for n in SMALLEST]
+    ("device", "name"),
+    [pytest.param("cpu", n, marks=pytest.mark.ci) for n in ONE_EACH]
+    + [pytest.param("cuda", n, marks=GPU.marks) for n in SMALLEST],
 )
 def test_every_kernel_is_right_and_repeats_its_bits(name, device):
     assert not check(find(name, device), seed=1, repeats=20 if device == "cuda" else 2).failed

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
+@pytest.mark.ci
 def test_a_sharded_model_is_left_alone(tmp_path):
     pytest.importorskip("transformers", minversion="5")
     build("llama", num_key_value_heads=2).save_pretrained(tmp_path)

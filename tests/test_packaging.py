@@ -74,7 +74,7 @@ def test_sdist_holds_what_its_tests_read(unpacked):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 def test_sdist_runs_its_own_tests(unpacked):
     """Every test is found; those that read files of the tree, and a kernel's, pass."""
     collected = run(sys.executable, "-m", "pytest", "-q", "--collect-only", cwd=unpacked)
@@ -119,6 +119,7 @@ def foreign(tmp_path) -> Path:
     return package.parent
 
 
+@pytest.mark.ci
 def test_wheel_runs_beside_a_foreign_kernels_package(installed, foreign, tmp_path):
     pytest.importorskip("triton")
     path = os.pathsep.join(map(str, (installed, foreign)))
@@ -132,6 +133,7 @@ def test_source_tree_leaves_the_name_kernels_alone(foreign):
     assert run(sys.executable, "-c", FOREIGN, cwd=ROOT, PYTHONPATH=str(foreign)) == "theirs\n"
 
 
+@pytest.mark.ci
 def test_editable_install_runs(tree, tmp_path):
     """Into an environment of its own that sees this one's packages."""
     pytest.importorskip("triton")
@@ -149,6 +151,7 @@ def test_editable_install_runs(tree, tmp_path):
     ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("left", ("../kernels", None), ids=("a file", "nothing"))
 def test_a_tree_without_symbolic_links_runs(left, tree, tmp_path):
     """As it is unpacked from an archive, or checked out with core.symlinks=false."""

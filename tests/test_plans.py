@@ -309,6 +309,7 @@ def test_properties_are_looked_up_once(monkeypatch):
         _impl._known_why_not.cache_clear()
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the stubbed driver")
 def test_the_host_can_be_timed(tmp_path):
     """Compiled kernels pass through Triton's own launcher into the stub, planned ones too."""

@@ -52,10 +52,10 @@ def test_accumulate_by_hand():
     torch.testing.assert_close(bo.reference.rank1_accumulate(gates, read, write), expected)
 
 
-SMALL = (33, 70, 40)  # d_out, d_in, C: two tiles each way, with tails
+SMALL = (33, 37, 40)  # d_out, d_in, C: two tiles each way, with tails
 
 
-def tensors_of(rows=5, sizes=SMALL, dtype=torch.float32, base=True):
+def tensors_of(rows=3, sizes=SMALL, dtype=torch.float32, base=True):
     d_out, d_in, c = sizes
     found = [torch.rand(rows, c).to(dtype), randn(d_in, c, dtype=dtype), randn(c, d_out, dtype=dtype)]
     return found + ([randn(d_out, d_in, dtype=dtype)] if base else [])
@@ -86,8 +86,7 @@ def test_kernel_sizes(shape, dtype):
 def test_layouts(kind, impl):
     """Of every tensor, the gradient of the result included."""
     tensors = [testing.layout(t, kind) for t in tensors_of()]
-    assert_right(tensors, impl)
-    dy = testing.layout(randn(5, 33 * 70), kind).unflatten(1, (33, 70))
+    dy = testing.layout(randn(3, 33 * 37), kind).unflatten(1, (33, 37))
     got, expected = (
         testing.gradients(with_base(m, **o), tensors, dy) for m, o in ((bo, {"impl": impl}), (bo.reference, {}))
     )
@@ -98,13 +97,13 @@ def test_layouts(kind, impl):
 @ON_BOTH
 @pytest.mark.parametrize("empty", range(4))
 def test_empty(empty, impl):
-    sizes = [5, *SMALL]
+    sizes = [3, *SMALL]
     sizes[empty] = 0
     assert_right(tensors_of(sizes[0], tuple(sizes[1:])), impl)
 
 
 @ON_BOTH
-@pytest.mark.parametrize("shape", ((2, 3, 33, 70), (1, 3, 33, 70), (2, 1, 1, 70), (33, 1), (1, 1), ()), ids=str)
+@pytest.mark.parametrize("shape", ((2, 3, 33, 37), (1, 3, 33, 37), (2, 1, 1, 37), (33, 1), (1, 1), ()), ids=str)
 def test_base_broadcasts(shape, impl):
     gates, read, write = tensors_of(base=False)
     assert_right([torch.rand(2, 3, 40), read, write, randn(*shape)], impl)
@@ -123,13 +122,13 @@ def test_several_slabs_and_spans(small_limits, monkeypatch):
         assert_right(tensors_of(7), impl)
 
 
-@pytest.mark.parametrize(("impl", "rows"), (("torch", 5), ("torch", 80), ("triton", 5)))
+@pytest.mark.parametrize(("impl", "rows"), (("torch", 3), ("torch", 80), ("triton", 3)))
 @pytest.mark.parametrize("wanted", range(4))
 def test_needed_gradients_only(wanted, rows, impl):
     tensors = tensors_of(rows)
-    full = testing.gradients(with_base(bo, impl=impl), tensors, torch.ones(rows, 33, 70))[1:]
+    full = testing.gradients(with_base(bo, impl=impl), tensors, torch.ones(rows, 33, 37))[1:]
     leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
-    with_base(bo, impl=impl)(*leaves).backward(torch.ones(rows, 33, 70))
+    with_base(bo, impl=impl)(*leaves).backward(torch.ones(rows, 33, 37))
     assert [t.grad is not None for t in leaves] == [i == wanted for i in range(4)]
     torch.testing.assert_close(leaves[wanted].grad, full[wanted])
 
@@ -143,7 +142,7 @@ def test_touches_only_its_memory():
         grads = kernels.rank1_accumulate_backward(weights, gates, read, write, [True] * 3)
     memory.check()
     assert all(t.isfinite().all() for t in (weights, *grads))
-    assert sorted(t.numel() for t in memory.allocated)[-1] == weights.numel() < 9 * 40 * 70
+    assert sorted(t.numel() for t in memory.allocated)[-1] == weights.numel() < 9 * 40 * 37
 
 
 @ON_BOTH

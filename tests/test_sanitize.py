@@ -20,6 +20,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.ci
 def test_every_kernel_is_launched(monkeypatch):
     launched = set()
     for module, name in KERNELS:

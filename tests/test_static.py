@@ -53,7 +53,7 @@ config.KERNELS["gated_backward_kernel"].tiles["sm_90"] = {config.Tile(64, 64, 64
 """
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("breaking", "arch", "kernel", "message"),
     (

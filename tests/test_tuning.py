@@ -43,7 +43,7 @@ def interaction(impl="triton"):
 
 
 def gradients_by_pairs(impl="triton"):
-    return bo.interaction_matrices(*(randn(*s, requires_grad=True) for s in ((7, 5), (7, 5), (40, 7))), impl=impl)
+    return bo.interaction_matrices(*(randn(*s, requires_grad=True) for s in ((7, 5), (7, 5), (9, 7))), impl=impl)
 
 
 def stochastic(impl="triton"):

@@ -22,12 +22,6 @@ PARTS = 1 << 25  # elements of the tiles' sums of a block of directions: 128 MiB
 
 
 @triton.jit
-def larger(x, y):
-    """The larger of two, or NaN."""
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def both_sums(tile):
     """[i, j, k] -> [k] by way of the sums of rows, which round less than one long sum."""
     return tl.sum(tl.sum(tile, 1), 0)
@@ -68,7 +62,8 @@ def interaction_moments_kernel(
         tl.store(p + K, both_sums(square), mask=k < K)
         tl.store(p + 2 * K, both_sums(square * q), mask=k < K)
         tl.store(p + 3 * K, both_sums(square * square), mask=k < K)
-        tl.store(p + 4 * K, tl.reduce(tl.reduce(tl.abs(q), 1, larger), 0, larger), mask=k < K)
+        bits = tl.abs(q).to(tl.int32, bitcast=True)  # in the order of the magnitudes, NaN the largest
+        tl.store(p + 4 * K, tl.max(tl.max(bits, 1), 0).to(tl.float32, bitcast=True), mask=k < K)
 
 
 def interaction_moments(
