@@ -121,6 +121,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "height = min(items_per_block(words_a_row, budget), max(stop - start, 2))",
     ): "memory of one row too many is cut to the rows there are",
     (
+        "bilinear_ops/reference/rank1/losses.py",
+        "return torch.where(x > 1, 1 + alpha * (x - 1), x.clamp(0, 2))",
+    ): "the clamp is read up to 1 alone",
+    (
+        "bilinear_ops/composite/interaction/ranking.py",
+        "yield a, b, matrices(w, v, c[a:b], None, False) if u is None else (matrices(v, w, c, u[a:b], False))",
+    ): "an interaction matrix is symmetric in w and v",
+    (
+        "bilinear_ops/interaction/ranking.py",
+        "return (reference.interaction_topk(v, w, c, n, score=score, scope=scope, weight=weight, basis=basis))",
+    ): "an interaction matrix is symmetric in w and v",
+    (
         "bilinear_ops/nn/gated.py",
         'linear = nn.Linear(1, 2, bias=False, device="meta")',
     ): "a placeholder, whose weight is replaced",

@@ -116,6 +116,28 @@ def test_rows_hold_one_kind_of_tile():
         assert kinds == {type(record.interpreted)} == {type(t) for t in record.candidates if t is not LIBRARY}
 
 
+def test_sizes_are_powers_of_two():
+    """As Triton asks of a block's ranges and of a program's warps."""
+    for record in config.KERNELS.values():
+        tiles = {tile for row in rows(record) for tile in row} | {record.interpreted, *record.candidates}
+        for tile in tiles - {LIBRARY} | {rejected.tile for rejected in record.rejected}:
+            sizes = [size for name, size in vars(tile).items() if name != "stages"]
+            assert not [size for size in sizes if size & (size - 1)], tile
+
+
+@pytest.mark.parametrize(
+    ("kernel", "columns"),
+    (("gated_forward_kernel", "2x{n}"), ("gated_split_kernel", "2x{n}"), ("gated_backward_kernel", "{n}")),
+)
+def test_operands_of_a_stage_are_the_compiled_ones(kernel, columns):
+    """On sm_80 a loop holds all stages but the one it reads; nothing else is in shared memory."""
+    record = config.KERNELS[kernel]
+    for tile in record.tiles["sm_80"]:
+        sizes = f"{tile.block_m}x{columns.format(n=tile.block_n)}x{tile.block_k}"
+        held = tile.shared_memory(tile.block_m + record.operands * tile.block_n, 2) * (tile.stages - 1) // tile.stages
+        assert BASELINE[f"sm_80 {kernel} [bfloat16 {sizes} aligned]"]["shared"] == held
+
+
 @pytest.mark.parametrize("path", sorted(Path(config.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
 def test_the_tables_alone_name_architectures(path):
     named = re.search(r"sm_\d|gfx\d|[\"']sm_", path.read_text())
