@@ -157,6 +157,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "axes.legend(frameon=False, fontsize=9, ncols=1 + len(lines) // 8)",
     ): "the size of letters is a matter of taste",
     (
+        "kernels/activation.py",
+        "e = _exp((_at_most(20.0, z)))",
+    ): "the minimum is symmetric but for NaN, and mish has the factor z too",
+    (
         "kernels/rank1_tiles.py",
         'tiles={"any": {RowTile(8, 128, 4, 4): Compiled("sm_90 sparse_dots_kernel [float32]", "registers", 40)}},',
     ): "stages of a pipeline change no result: a benchmark must choose them",
