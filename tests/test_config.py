@@ -117,6 +117,29 @@ def test_rows_hold_one_kind_of_tile():
         assert kinds == {type(record.interpreted)} == {type(t) for t in record.candidates if t is not LIBRARY}
 
 
+def test_sizes_are_powers_of_two():
+    """As Triton asks of a block's ranges and of a program's warps."""
+    for record in config.KERNELS.values():
+        tiles = {tile for row in rows(record) for tile in row} | {record.interpreted, *record.candidates}
+        tiles |= {rejected.tile for rejected in record.rejected}.union(*record.unproven.values())
+        for tile in tiles - {LIBRARY}:
+            sizes = [size for name, size in vars(tile).items() if name != "stages"]
+            assert not [size for size in sizes if size & (size - 1)], tile
+
+
+@pytest.mark.parametrize(
+    ("kernel", "columns"),
+    (("gated_forward_kernel", "2x{n}"), ("gated_split_kernel", "2x{n}"), ("gated_backward_kernel", "{n}")),
+)
+def test_operands_of_a_stage_are_the_compiled_ones(kernel, columns):
+    """On sm_80 a loop holds all stages but the one it reads; nothing else is in shared memory."""
+    record = config.KERNELS[kernel]
+    for tile in record.tiles["sm_80"]:
+        sizes = f"{tile.block_m}x{columns.format(n=tile.block_n)}x{tile.block_k}"
+        held = tile.shared_memory(tile.block_m + record.operands * tile.block_n, 2) * (tile.stages - 1) // tile.stages
+        assert BASELINE[f"sm_80 {kernel} [bfloat16 {sizes} aligned]"]["shared"] == held
+
+
 def test_no_row_holds_an_unproven_tile():
     """Which is a candidate on one architecture alone, for operands of two bytes, where it was seen to compile."""
     found = [(arch, tile) for record in config.KERNELS.values() for arch, t in record.unproven.items() for tile in t]
