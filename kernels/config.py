@@ -38,6 +38,8 @@ SHARED_MEMORY = {
 # Same shared memory and matrix instruction, so that one row serves all.
 TWINS = {"sm_86": "sm_120", "sm_89": "sm_120"}
 
+GLUON = ("3.6", "3.9")  # the versions of Triton that compiled kernels in it
+
 # Records by the name of the jit function.
 KERNELS = {**gated_tiles.KERNELS, **interaction_tiles.KERNELS, **rank1_tiles.KERNELS}
 
@@ -156,6 +158,16 @@ def candidates(choice: str, arch: str, dtype: torch.dtype, tiles: tuple[Choice, 
         return tiles
     others = (t for kernel in kernels for t in KERNELS[kernel].candidates if fits(kernel, arch, dtype, t))
     return tuple(dict.fromkeys((*tiles, *others)))
+
+
+def unproven(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Candidates through descriptors that tuning must compare before it measures them; none where they do not compile.
+
+    They are written in Gluon, which is experimental: its names differ between the versions that compiled them.
+    """
+    if dtype.itemsize != 2 or triton.__version__.rpartition(".")[0] not in GLUON:
+        return ()
+    return tuple(t for t in KERNELS[kernel].unproven.get(arch, ()) if fits(kernel, arch, dtype, t))
 
 
 def fits(kernel: str, arch: str, dtype: torch.dtype, tile: Choice) -> bool:

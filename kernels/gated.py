@@ -16,7 +16,7 @@ from bilinear_ops.kernels import launching as via
 from bilinear_ops.kernels.activation import gate as gate_of_tile
 from bilinear_ops.kernels.activation import gate_grad_beta, gate_with_grad
 from bilinear_ops.kernels.few_rows import gate_of_sums, partial_sums
-from bilinear_ops.kernels.records import RowTile, SplitTile, Tile
+from bilinear_ops.kernels.records import RingTile, RowTile, SplitTile, Tile
 from bilinear_ops.kernels.tile import (
     column_eighths,
     column_quarters,
@@ -232,6 +232,11 @@ def gate_forward(
         if isinstance(tile, SplitTile):
             via.keep(key, tile)
             return split(tile)
+        if isinstance(tile, RingTile):
+            from bilinear_ops.kernels import gated_hopper  # in Gluon, which is experimental
+
+            gated_hopper.start(key, tile, x, w, v, (b_w, b_v, *numbers), hid, a, z, gate_of.activation)
+            return hid, az
         into = (tile.block_m, tile.block_n)
         weight = (tile.block_n, tile.block_k)
         via.start(
@@ -252,7 +257,9 @@ def gate_forward(
     tiles = config.gated("gated_forward_kernel", arch, x.dtype, m, h, d, descriptor, config.processors(x.device))
     if not describable:  # of loads of two bytes the split kernel spills
         tiles = tuple(tile for tile in tiles if not isinstance(tile, SplitTile))
-    return via.launch("gated_forward_kernel", x, (tuning.bucket(m), d, h, save, descriptor), tiles, run)
+    unproven = config.unproven("gated_forward_kernel", arch, x.dtype) if descriptor else ()
+    shape = tuning.bucket(m), d, h, save, descriptor
+    return via.launch("gated_forward_kernel", x, shape, tiles, run, unproven=unproven)
 
 
 def _library_forward(

@@ -10,6 +10,7 @@ from bilinear_ops.kernels.records import (
     Kernel,
     Modelled,
     Rejected,
+    RingTile,
     RowTile,
     SplitTile,
     Tile,
@@ -69,6 +70,7 @@ KERNELS = {
         roles=True,
         operands=2,
         candidates=(*GEMM_TILES, LIBRARY),
+        unproven={"sm_90": (RingTile(128, 128, 64, 4, 4),)},
         rejected=(
             Rejected("sm_80", torch.bfloat16, Tile(128, 64, 32, 4, 3), aligned=False),
             Rejected("sm_120", torch.bfloat16, Tile(128, 128, 32, 8, 2)),

@@ -85,11 +85,10 @@ class Plan:
         self.tile = tile
         self.start = compiled[(*grid, 1, 1)[:3]]
         self.arguments = list(arguments)
-        self.slots: list[tuple[int, dict[str, Any] | None]] = []  # of a tensor or a descriptor of one
+        self.slots: list[tuple[int, Any]] = []  # of a tensor, None, or of a descriptor of one
         for i, argument in enumerate(arguments):
-            if isinstance(argument, Tensor | TensorDescriptor):
-                fields = None if isinstance(argument, Tensor) else {**vars(argument), "base": None}
-                self.slots.append((i, fields))
+            if isinstance(argument, Tensor) or hasattr(argument, "base"):
+                self.slots.append((i, None if isinstance(argument, Tensor) else _descriptor(argument, None)))
                 self.arguments[i] = None
 
     def launch(self, *tensors: Any) -> None:
@@ -98,16 +97,16 @@ class Plan:
         slots = iter(self.slots)
         for t in tensors:
             if t is not None:
-                i, fields = next(slots)
-                arguments[i] = t if fields is None else _descriptor(fields, t)
+                i, descriptor = next(slots)
+                arguments[i] = t if descriptor is None else _descriptor(descriptor, t)
         with on_device_of(tensors[0]):
             self.start(*arguments)
 
 
-def _descriptor(fields: dict[str, Any], t: Tensor) -> TensorDescriptor:
-    """A descriptor of `t` with the fields of one that was validated."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields)
+def _descriptor(like: Any, t: Tensor | None) -> Any:
+    """A descriptor of `t` with the fields of one that was validated: Triton's, or Gluon's, which has a layout too."""
+    descriptor = object.__new__(type(like))
+    descriptor.__dict__.update(like.__dict__)
     descriptor.base = t
     return descriptor
 
@@ -167,15 +166,16 @@ def launch(
     run: Callable[[Any], T],
     *,
     library: bool = True,
+    unproven: tuple[Choice, ...] = (),
 ) -> T:
     """Return run(tile) on the device of `like`, with the tuned tile if there is one, else the first tile that fits.
 
     `choice` is the name of a kernel, or of a launcher that chooses between kernels. `choice` and `shape` are the key of
-    the tuned tile. `run` may be called more than once: see `tuning.preferred`. Raises RuntimeError if only the library
-    is left and `library` forbids it.
+    the tuned tile; `unproven` are further candidates. `run` may be called more than once: see `tuning.preferred`.
+    Raises RuntimeError if only the library is left and `library` forbids it.
     """
     with on_device_of(like):
-        chosen = tuning.preferred(choice, like, shape, tiles, run)
+        chosen = tuning.preferred(choice, like, shape, tiles, run, unproven)
         if not library:
             chosen = tuple(tile for tile in chosen if tile is not config.LIBRARY)
         if not chosen:

@@ -55,6 +55,18 @@ class SplitTile(Tile):
 
 
 @dataclass(frozen=True)
+class RingTile(Tile):
+    """A tile whose operands one warp copies into a ring of `stages`, while other warps multiply.
+
+    `warps`: of each group that multiplies.
+    """
+
+    def shared_memory(self, rows: int, itemsize: int) -> int:
+        """Bytes of the ring, and of a tile of the output, which no stage can hold while the next tile is copied."""
+        return super().shared_memory(rows, itemsize) + self.block_m * self.block_n * itemsize
+
+
+@dataclass(frozen=True)
 class PairTile(_Launched):
     """A tile of Q[k, ij] = C S: `block_i` x `block_j` pairs by `block_k` directions, `block_h` neurons at a time."""
 
@@ -146,6 +158,8 @@ class Kernel:
             tile is known to fit.
         candidates: what tuning and `python -m bench --gpu` measure beside the row. Spills do not exclude a candidate:
             it would lose.
+        unproven: candidates by architecture that no device has run yet, for operands of two bytes that descriptors can
+            take: tuning compares their results first, and no row may hold one.
         rejected: the evidence of reasons.
     """
 
@@ -157,6 +171,7 @@ class Kernel:
     roles: bool = False
     operands: int | None = None
     candidates: tuple[Choice, ...] = ()
+    unproven: Mapping[str, tuple[Tile, ...]] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
 
 

@@ -29,6 +29,7 @@ from bilinear_ops.kernels.records import Choice
 Key = tuple[tuple[str, object], ...]
 
 ROUNDS = 10  # of timing; each runs every candidate once, so that a slow spell hits them all
+REPEATS = 5  # of a comparison: what depends on the order of warps may be right once
 FLUSH_BYTES = 256 << 20  # written before every timed run: more than any L2 cache holds
 
 _chosen: dict[Key, Choice] = {}
@@ -37,13 +38,20 @@ _open = 0  # `measuring` contexts
 
 
 def preferred(
-    kernel: str, like: Tensor, shape: tuple[int, ...], tiles: tuple[Choice, ...], run: Callable[[Choice], object]
+    kernel: str,
+    like: Tensor,
+    shape: tuple[int, ...],
+    tiles: tuple[Choice, ...],
+    run: Callable[[Choice], object],
+    unproven: tuple[Choice, ...] = (),
 ) -> tuple[Choice, ...]:
     """The tile that was measured to be the fastest, if any, followed by `tiles`, those of the table.
 
     `run` launches a tile and must leave the same results however often it is called. `shape` holds everything else that
     the choice depends on; sizes that vary from call to call are rounded up by `bucket`. While a CUDA graph is captured,
-    nothing is measured: only tiles that are already known are used.
+    nothing is measured: only tiles that are already known are used. An `unproven` candidate, for which `run` must write
+    to the same tensors at every call, is measured only if BILINEAR_OPS_TUNE_UNPROVEN=1 asks for it, as it could hang,
+    and if it gives the same numbers as the others.
     """
     if kernel in _forced:
         return _forced[kernel]
@@ -53,9 +61,11 @@ def preferred(
     key = _key(kernel, like, shape)
     if key not in _chosen:
         candidates = config.candidates(kernel, config.architecture(like.device), like.dtype, tiles)
-        if not measuring or _capturing(like) or len(candidates) == 1:
+        if os.environ.get("BILINEAR_OPS_TUNE_UNPROVEN") != "1":
+            unproven = ()
+        if not measuring or _capturing(like) or len(candidates) + len(unproven) == 1:
             return tiles
-        _chosen[key] = _known_or_measured(key, candidates, run, like.device)
+        _chosen[key] = _known_or_measured(key, candidates, unproven, run, like.device)
     return (_chosen[key], *tiles)
 
 
@@ -163,26 +173,33 @@ def _code() -> Key:
 
 
 def _known_or_measured(
-    key: Key, candidates: tuple[Choice, ...], run: Callable[[Choice], object], device: torch.device
+    key: Key,
+    candidates: tuple[Choice, ...],
+    unproven: tuple[Choice, ...],
+    run: Callable[[Choice], object],
+    device: torch.device,
 ) -> Choice:
     named = dict(key)
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
     path = folder() / f"{named['kernel']}-{digest}.json"
-    by_name = {repr(tile): tile for tile in candidates}
+    by_name = {repr(tile): tile for tile in (*candidates, *unproven)}
     name = _read(path, named)
     if name in by_name:
         return by_name[name]
-    times = _measured(candidates, run, device)
+    times = _measured(candidates, unproven, run, device)
     best = min(times, key=lambda tile: times[tile])
     _write(path, {"key": named, "tile": repr(best), "seconds": {repr(t): s for t, s in times.items()}})
     return best
 
 
 def _measured(
-    candidates: tuple[Choice, ...], run: Callable[[Choice], object], device: torch.device
+    candidates: tuple[Choice, ...],
+    unproven: tuple[Choice, ...],
+    run: Callable[[Choice], object],
+    device: torch.device,
 ) -> dict[Choice, float]:
-    """Times of the candidates that run; raises the first error if none does."""
-    runs = {}
+    """Times of the candidates that run and of unproven ones that agree; raises the first error if no candidate runs."""
+    runs: dict[Choice, Callable[[], object]] = {}
     errors: list[Exception] = []
     for tile in candidates:
         try:
@@ -192,7 +209,38 @@ def _measured(
             errors.append(error)
     if not runs:
         raise errors[0]
+    first, proven = next(iter(runs.items()))
+    for tile in unproven:
+        try:
+            if _agree(partial(run, tile), proven):
+                runs[tile] = partial(run, tile)
+            else:
+                warnings.warn(f"{tile} is left out: it gives other numbers than {first}", stacklevel=2)
+        except (TritonError, RuntimeError) as error:
+            warnings.warn(f"{tile} is left out: {error}", stacklevel=2)
     return seconds(runs, device)
+
+
+def _agree(run: Callable[[], object], proven: Callable[[], object]) -> bool:
+    """Whether two launches give the same numbers, up to the rounding of an element or of one of typical size."""
+    expected = [t.clone() for t in _tensors(proven())]
+    for _ in range(REPEATS):
+        for t in _tensors(run()):
+            t.fill_(torch.nan)  # what the next run does not write is seen
+        if not all(map(_alike, _tensors(run()), expected)):
+            return False
+    return True
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    rounding = torch.finfo(expected.dtype).eps
+    found, expected = found.float(), expected.float()
+    typical = float(expected.nan_to_num(0, 0, 0).square().mean().sqrt())
+    return torch.allclose(found, expected, rounding, rounding * typical, equal_nan=True)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
 
 
 def _read(path: Path, key: dict[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, printed as JSON for test_compiled.py, in whose process they are interpreted.
 
-python tests/compiled_worker.py precisions cases multiplications casts fusions
+python tests/compiled_worker.py precisions cases multiplications casts fusions rings more_rings
 """
 
 from __future__ import annotations
@@ -246,6 +246,42 @@ def fusions() -> dict[str, dict[str, int]]:
     return found
 
 
+def rings(*gates: str) -> dict[str, Any]:
+    """Of the forward of warp roles, by gate: its machine code, and the order of its synchronisation in PTX."""
+    m, d, h = 4096, 1024, 2048
+    found: dict[str, Any] = {}
+    for activation in gates or ("identity",):
+        number = None if activation == "identity" else meta()
+        t = partial(meta, dtype=torch.float16 if activation == "gelu" else torch.bfloat16)
+        with gate.compiling("sm_90") as launches:
+            (tile,) = config.unproven("gated_forward_kernel", "sm_90", torch.bfloat16)
+            with tuning.using(gated_forward_kernel=tile):
+                gate_of = Gate(activation, number if activation == "swish" else None, number, number)
+                gated.gate_forward(t(m, d), t(h, d), t(h, d), t(h), t(h), gate_of, True)
+        (launched,) = launches
+        code, _ = sass.read(launched.kernel, "sm_90")
+        found[activation] = {
+            "spills": code.spills,
+            "matrix": code.matrix,
+            "waits": code.waits,
+            "shared": launched.kernel.metadata.shared,
+            "ptx": SYNCHRONISATION.findall(launched.kernel.asm["ptx"]),
+        }
+    return found
+
+
+SYNCHRONISATION = re.compile(
+    r"mbarrier\.init\.\S+ \[%r\d+\], \d+|mbarrier\.try_wait|mbarrier\.arrive\.expect_tx\.\S+ _, \[%r\d+\], \d+"
+    r"|mbarrier\.arrive\.shared|cp\.async\.bulk\.tensor\.2d\.(?:shared|global)|cp\.async\.bulk\.wait_group\.read"
+    r"|wgmma\.wait_group|fence\.proxy\.async|\bbar\.sync|stmatrix|setmaxnreg\.\w+\.\S+ *\t*\d+"
+)
+
+
+def more_rings() -> dict[str, Any]:
+    """Of the heaviest epilogues, and of the other type of two bytes."""
+    return rings("silu", "swish", "silu_bounded", "gelu")
+
+
 if __name__ == "__main__":
-    known = {f.__name__: f for f in (precisions, cases, multiplications, casts, fusions)}
+    known = {f.__name__: f for f in (precisions, cases, multiplications, casts, fusions, rings, more_rings)}
     print(json.dumps({name: known[name]() for name in sys.argv[1:]}))

@@ -1,6 +1,6 @@
 """Break the code on purpose, one mistake at a time, and see whether the tests notice.
 
-    python tests/mutate.py [--room NAME ...] [--draw 10] [--seed 0] [--list] [--out FILE] [--reach FILE]
+    python tests/mutate.py [--room NAME ...] [--draw 10] [--seed 0] [--list] [--out FILE] [--reach FILE | --unrecorded]
 
 Every room has sources and tests. The sites of a room are the places of its sources where one realistic mistake fits: a
 comparison off by one, an operator exchanged, a constant off by one, two arguments swapped, a statement dropped, a
@@ -10,6 +10,9 @@ room's tests and the tests that all ops share. A mutation that no test notices i
 First the tests run once unchanged and record which functions each of them calls (`reach.py`); --reach keeps the records
 for later runs. A mutation inside a function is then tried with the tests that call this function, that read its file or
 that start a process, the fastest first; one outside functions, or in a function that no test calls, with all tests.
+
+Records take as long as the tests under coverage. --unrecorded takes none and tries all files of tests, one after the
+other, the likeliest by its name first: a few mistakes are noticed sooner, a survivor later.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +56,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("kernels/**/*.py",),
         ("tests/test_gated*.py", "tests/test_*_kernels.py", "tests/test_rank1*.py", "tests/test_precision.py")
         + ("tests/test_tuning.py", "tests/test_config.py", "tests/test_launches.py", "tests/test_accumulators.py")
-        + ("tests/test_compiled.py",),
+        + ("tests/test_compiled.py", "tests/test_direct.py", "tests/test_few_rows.py", "tests/test_plans.py"),
     ),
     "shared": (
         ("bilinear_ops/_*.py", "bilinear_ops/gates.py", "bilinear_ops/results.py", "bilinear_ops/testing.py")
@@ -62,7 +66,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "bilinear_ops/reference/__init__.py",
         ),
         ("tests/test_gated.py", "tests/test_interaction_entries.py", "tests/test_rank1_contract.py")
-        + ("tests/test_results.py", "tests/test_pickles.py", "tests/test_distributed.py"),
+        + ("tests/test_results.py", "tests/test_pickles.py", "tests/test_distributed.py", "tests/test_small_*.py"),
     ),
     "analysis": (("bilinear_ops/analysis/**/*.py",), ("tests/test_analysis*.py",)),
     "modules": (("bilinear_ops/nn/*.py", "bilinear_ops/init.py"), ("tests/test_nn*.py", "tests/test_init.py")),
@@ -105,6 +109,30 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "gradient_rows: int = 129  # for each thread, at least: fewer make the library's products slow",
     ): "results do not depend on sizes of blocks, as tests/test_blocks.py shows",
     (
+        "bilinear_ops/composite/limits.py",
+        "gradient_bytes: int = 9 << 20  # of [da | dz] in a block of rows: an allocator reuses such a block",
+    ): "results do not depend on sizes of blocks, as tests/test_blocks.py shows",
+    (
+        "bilinear_ops/composite/rank1/gates.py",
+        "width = max((min(count, limits.gate_columns)), 1)",
+    ): "the minimum is symmetric",
+    (
+        "bilinear_ops/composite/rank1/masks.py",
+        "height = min(items_per_block(words_a_row, budget), max(stop - start, 2))",
+    ): "memory of one row too many is cut to the rows there are",
+    (
+        "bilinear_ops/reference/rank1/losses.py",
+        "return torch.where(x > 1, 1 + alpha * (x - 1), x.clamp(0, 2))",
+    ): "the clamp is read up to 1 alone",
+    (
+        "bilinear_ops/composite/interaction/ranking.py",
+        "yield a, b, matrices(w, v, c[a:b], None, False) if u is None else (matrices(v, w, c, u[a:b], False))",
+    ): "an interaction matrix is symmetric in w and v",
+    (
+        "bilinear_ops/interaction/ranking.py",
+        "return (reference.interaction_topk(v, w, c, n, score=score, scope=scope, weight=weight, basis=basis))",
+    ): "an interaction matrix is symmetric in w and v",
+    (
         "bilinear_ops/nn/gated.py",
         'linear = nn.Linear(1, 2, bias=False, device="meta")',
     ): "a placeholder, whose weight is replaced",
@@ -129,11 +157,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "axes.legend(frameon=False, fontsize=9, ncols=1 + len(lines) // 8)",
     ): "the size of letters is a matter of taste",
     (
+        "kernels/activation.py",
+        "e = _exp((_at_most(20.0, z)))",
+    ): "the minimum is symmetric but for NaN, and mish has the factor z too",
+    (
         "kernels/rank1_tiles.py",
         'tiles={"any": {RowTile(8, 128, 4, 4): Compiled("sm_90 sparse_dots_kernel [float32]", "registers", 40)}},',
     ): "stages of a pipeline change no result: a benchmark must choose them",
 }
 
+CI_RUNS = "not gpu and not slow"
 NO_TESTS = 5  # pytest's exit status where it collected none
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
@@ -219,9 +252,7 @@ def draw(room: str, count: int, seed: int) -> list[Site]:
 def records(tests: list[str], tree: Path) -> dict[str, dict]:
     """What each test calls and how long it takes, on a tree without mistakes."""
     file = tree / "reach.json"
-    done = _pytest(tests, tree, None, REACH_RECORD=str(file))
-    if done.returncode not in (0, NO_TESTS):  # a file is skipped where what it tests is not installed
-        raise RuntimeError(f"the tests fail without any mistake:\n{done.stdout[-3000:]}")
+    _run_unchanged(tests, tree, REACH_RECORD=str(file))
     return json.loads(file.read_text())
 
 
@@ -257,22 +288,50 @@ def _changed(source: bytes, site: Site) -> bytes:
 
 def noticed(site: Site, tests: list[str], tree: Path, seconds: float = 900) -> bool:
     """Whether the tests, in this order, fail on a tree with this mistake, or do not end."""
+    order = tree / "order.json"
+    order.write_text(json.dumps(tests))
+    files = sorted({test.partition("::")[0] for test in tests})
+    return _fail(site, files, tree, seconds, REACH_RUN=str(order))
+
+
+def likeliest(site: Site, tests: list[str]) -> list[str]:
+    """The files of tests, those first whose names share the most words with the source's."""
+    words = set(re.split(r"[/_.]+", site.path))
+    return sorted(tests, key=lambda test: -len(words & set(re.split(r"[/_.]+", test))))
+
+
+def noticed_by_file(site: Site, test: str, tree: Path, seconds: float = 900) -> bool:
+    """As `noticed`, of a file without records: RuntimeError if the test that fails does so without the mistake."""
+    failed = tree / "failed.json"
+    failed.unlink(missing_ok=True)
+    if not _fail(site, [test], tree, seconds, REACH_FAILED=str(failed)):
+        return False
+    if failed.exists():
+        _run_unchanged([test], tree, REACH_RUN=str(failed))
+    return True
+
+
+def _fail(site: Site, files: list[str], tree: Path, seconds: float, **options: str) -> bool:
     path = tree / site.path
     source = path.read_bytes()
     path.write_bytes(_changed(source, site))
-    order = tree / "order.json"
-    order.write_text(json.dumps(tests))
     try:
-        files = sorted({test.partition("::")[0] for test in tests})
-        return _pytest(files, tree, seconds, REACH_RUN=str(order)).returncode != 0
+        return _pytest(files, tree, seconds, **options).returncode not in (0, NO_TESTS)
     except subprocess.TimeoutExpired:
         return True
     finally:
         path.write_bytes(source)
 
 
+def _run_unchanged(tests: list[str], tree: Path, **options: str) -> None:
+    done = _pytest(tests, tree, None, **options)
+    if done.returncode not in (0, NO_TESTS):  # a file is skipped where what it tests is not installed
+        raise RuntimeError(f"the tests fail without any mistake:\n{done.stdout[-3000:]}")
+
+
 def _pytest(tests: list[str], tree: Path, seconds: float | None, **options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "reach", *tests]
+    options_of_all = ["-q", "-x", "-m", CI_RUNS, "-p", "no:cacheprovider", "-p", "reach"]
+    command = [sys.executable, "-m", "pytest", *options_of_all, *tests]
     path = os.pathsep.join((str(tree), str(tree / "tests"), str(ROOT / "tests")))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **options}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=seconds, check=False)
@@ -286,7 +345,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the drawn mutations and run nothing")
     parser.add_argument("--out", type=Path, help="append a JSON line for each mutation")
-    parser.add_argument("--reach", type=Path, help="keep the tests' records here, and read those kept before")
+    recording = parser.add_mutually_exclusive_group()
+    recording.add_argument("--reach", type=Path, help="keep the tests' records here, and read those kept before")
+    recording.add_argument("--unrecorded", action="store_true", help="take no records, try all tests")
     arguments = parser.parse_args(words)
     kept = json.loads(arguments.reach.read_text()) if arguments.reach and arguments.reach.exists() else {}
     survivors = 0
@@ -300,21 +361,24 @@ def main(words: list[str] | None = None) -> int:
                 print(*(_place(room, site) for site in drawn), sep="\n")
                 continue
             tests = [str(p.relative_to(ROOT)) for p in files((*ROOMS[room][1], *SHARED_TESTS))]
-            for test in tests:
+            for test in () if arguments.unrecorded else tests:
                 if test not in kept:
                     kept[test] = records([test], tree)
                     if not kept[test]:
                         print("SKIPPED ", test, "(what it tests is not installed)", flush=True)
                     if arguments.reach:
                         arguments.reach.write_text(json.dumps(kept))
-            found = {name: record for test in tests for name, record in kept[test].items()}
+            found = {name: record for test in tests for name, record in kept.get(test, {}).items()}
             for site in drawn:
                 if reason := equivalent(site):
                     print("EQUIVALENT", _place(room, site), f"({reason})", flush=True)
                     continue
-                names = chosen(site, found)
-                # a run that takes far longer has noticed: the mistake does not end
-                seen = noticed(site, names, tree, 120 + 3 * sum(found[name]["seconds"] for name in names))
+                if arguments.unrecorded:
+                    seen = any(noticed_by_file(site, test, tree) for test in likeliest(site, tests))
+                else:
+                    names = chosen(site, found)
+                    # a run that takes far longer has noticed: the mistake does not end
+                    seen = noticed(site, names, tree, 120 + 3 * sum(found[name]["seconds"] for name in names))
                 survivors += not seen
                 print("noticed " if seen else "SURVIVED", _place(room, site), flush=True)
                 if arguments.out:

@@ -1,7 +1,8 @@
 """A pytest plugin for mutate.py: which functions each test runs, and how long it takes.
 
 With REACH_RECORD=FILE the tests run as ever under coverage, and FILE receives each test's record as JSON. With
-REACH_RUN=FILE only the tests that FILE names run, in its order.
+REACH_RUN=FILE only the tests that FILE names run, in its order. With REACH_FAILED=FILE, FILE receives the name of the
+last test that failed, as a list that REACH_RUN reads.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order = {name: number for number, name in enumerate(json.loads(Path(os.environ["REACH_RUN"]).read_text()))}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in order])
         items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and "REACH_FAILED" in os.environ:
+        Path(os.environ["REACH_FAILED"]).write_text(json.dumps([report.nodeid]))
 
 
 class _Recorder:

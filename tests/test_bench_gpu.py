@@ -224,10 +224,23 @@ def test_stages_hold_every_workload_once() -> None:
 def test_stages_hold_every_tiling_once() -> None:
     pytest.importorskip("triton")
     stages = {s.title: [w.op for w in tilings(CPU, "tiny") if s.selects(w)] for s in gpu.STAGES if s.kind == "tilings"}
-    gated, interaction, other = stages.values()
+    gated, interaction, unproven, other = stages.values()
     assert list(stages)[0].startswith("gated") and gated and all("gated" in op for op in gated)
     assert list(stages)[1].startswith("interaction") and interaction and all("interaction" in op for op in interaction)
-    assert sorted([*gated, *interaction, *other]) == sorted(w.op for w in tilings(CPU, "tiny"))
+    assert sorted([*gated, *interaction, *other]) == sorted(w.op for w in tilings(CPU, "tiny")) and not unproven
+
+
+def test_unproven_tiles_have_a_workload_and_a_stage_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are any: none is a variant among proven ones, whose stages come first."""
+    pytest.importorskip("triton")
+    from bilinear_ops.kernels import config
+
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    listed = [w for w in tilings(CPU, "tiny") if w.op == "gated_forward_kernel"]
+    (unproven,) = (w for w in listed if w.case == "unproven tiles")
+    assert [name.split()[0] for name in unproven.variants] == ["RingTile"] and not unproven.baselines
+    assert not any("RingTile" in name for w in listed if w is not unproven for name in w.variants)
+    assert [s.title for s in gpu.STAGES if s.kind == "tilings" and s.selects(unproven)] == ["unproven tiles"]
 
 
 def test_decompositions_run_on_request_only(command: Callable[..., int], tmp_path: Path) -> None:

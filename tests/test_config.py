@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -13,7 +14,7 @@ from bench.static import baseline
 from bilinear_ops.kernels import config, few_rows, gated
 from bilinear_ops.kernels.interaction import matrices, matrices_backward, ranking
 from bilinear_ops.kernels.rank1 import accumulate, gates, losses, masked, masks, sparse
-from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, Threshold
+from bilinear_ops.kernels.records import LIBRARY, Compiled, Measured, Modelled, RingTile, Threshold
 
 ROOT = Path(__file__).parents[1]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
@@ -114,6 +115,52 @@ def test_rows_hold_one_kind_of_tile():
     for record in config.KERNELS.values():
         kinds = {type(tile) for row in rows(record) for tile in row if tile is not LIBRARY}
         assert kinds == {type(record.interpreted)} == {type(t) for t in record.candidates if t is not LIBRARY}
+
+
+def test_sizes_are_powers_of_two():
+    """As Triton asks of a block's ranges and of a program's warps."""
+    for record in config.KERNELS.values():
+        tiles = {tile for row in rows(record) for tile in row} | {record.interpreted, *record.candidates}
+        tiles |= {rejected.tile for rejected in record.rejected}.union(*record.unproven.values())
+        for tile in tiles - {LIBRARY}:
+            sizes = [size for name, size in vars(tile).items() if name != "stages"]
+            assert not [size for size in sizes if size & (size - 1)], tile
+
+
+@pytest.mark.parametrize(
+    ("kernel", "columns"),
+    (("gated_forward_kernel", "2x{n}"), ("gated_split_kernel", "2x{n}"), ("gated_backward_kernel", "{n}")),
+)
+def test_operands_of_a_stage_are_the_compiled_ones(kernel, columns):
+    """On sm_80 a loop holds all stages but the one it reads; nothing else is in shared memory."""
+    record = config.KERNELS[kernel]
+    for tile in record.tiles["sm_80"]:
+        sizes = f"{tile.block_m}x{columns.format(n=tile.block_n)}x{tile.block_k}"
+        held = tile.shared_memory(tile.block_m + record.operands * tile.block_n, 2) * (tile.stages - 1) // tile.stages
+        assert BASELINE[f"sm_80 {kernel} [bfloat16 {sizes} aligned]"]["shared"] == held
+
+
+def test_no_row_holds_an_unproven_tile():
+    """Which is a candidate on one architecture alone, for operands of two bytes, where it was seen to compile."""
+    found = [(arch, tile) for record in config.KERNELS.values() for arch, t in record.unproven.items() for tile in t]
+    assert [arch for arch, _ in found] == ["sm_90"] and type(found[0][1]) is RingTile
+    for record in config.KERNELS.values():
+        held = (*record.candidates, record.interpreted, *(tile for row in rows(record) for tile in row))
+        assert not any(isinstance(tile, RingTile) for tile in held)
+
+
+@pytest.mark.parametrize("arch", config.SHARED_MEMORY)
+def test_where_unproven_tiles_are_offered(arch, monkeypatch):
+    def offered(dtype):
+        return len(config.unproven("gated_forward_kernel", arch, dtype))
+
+    halves = torch.bfloat16, torch.float16
+    for version, compiles in (("3.6.0", True), ("3.7.1", False), ("3.9.1", True), ("4.0.0", False)):
+        monkeypatch.setattr(config.triton, "__version__", version)
+        assert [offered(dtype) for dtype in halves] == [compiles and arch == "sm_90"] * 2
+        assert offered(torch.float32) == 0 == len(config.unproven("gated_backward_kernel", arch, torch.bfloat16))
+    monkeypatch.setitem(config.SHARED_MEMORY, arch, 1000)
+    assert offered(torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("path", sorted(Path(config.__file__).parent.rglob("*.py")), ids=lambda path: path.name)

@@ -19,7 +19,9 @@ from bench.harness.measuring import check
 from bench.harness.workload import Run, Workload, workloads
 from bench.static import smallest
 from bilinear_ops import reference
-from bilinear_ops.results import ACTIVATIONS
+from bilinear_ops.composite import gated as composite
+from bilinear_ops.kernels import config, gated, tuning
+from bilinear_ops.results import ACTIVATIONS, Gate
 from bilinear_ops.testing import assert_no_worse, gradients, randn
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -57,6 +59,29 @@ def test_every_benched_op_is_right_and_repeats_its_bits(name, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_sizes(activation, shape, dtype, device):
     assert_right([t.to(device) for t in inputs(*shape, dtype)], activation, "triton")
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("shape", ((1, 64, 128), (130, 72, 136), (4000, 264, 648)), ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_unproven_tiles(activation, shape, dtype, device):
+    """What tuning compares before it measures them, here at odd sizes and with every gate: many rounds of the ring."""
+    tiles = config.unproven("gated_forward_kernel", config.architecture(torch.device(device)), dtype)
+    if not tiles:
+        pytest.skip("this device has none")
+    (m, d, h), number = shape, torch.tensor(0.8, device=device)
+    x, w, v, b_w, b_v = (randn(*s, dtype=dtype).to(device) for s in ((m, d), (h, d), (h, d), (h,), (h,)))
+    gate_of = Gate(activation, number if activation == "swish" else None, number, number)
+    for tile in tiles:
+        with tuning.using(gated_forward_kernel=tile):
+            found = [gated.gate_forward(x, w, v, b_w, b_v, gate_of, True) for _ in range(5)]
+        eager = composite.gate_forward(x, w, v, b_w, b_v, gate_of, True)
+        gold = composite.gate_forward(*(t.double() for t in (x, w, v, b_w, b_v)), gate_of, True)
+        for results in found:
+            assert all(map(torch.equal, results, found[0]))
+        for ours, rounded, exact in zip(found[0], eager, gold, strict=True):
+            assert_no_worse(ours, rounded, exact)
 
 
 def replayed(run: Run) -> tuple[Tensor, ...]:

@@ -158,6 +158,17 @@ def test_candidates_of_a_shard_carry_what_ranks_them(kind):
     torch.testing.assert_close(found.rank, found.values.abs() * scale)
 
 
+@pytest.mark.parametrize("factors", (False, True), ids=("coefficients", "directions"))
+def test_the_candidates_of_all_shards_are_ranked(factors, monkeypatch):
+    """Two shards stand for the group, the better candidates in the second."""
+    monkeypatch.setattr(ranking, "gathered", lambda found: type(found)(*(t.view(2, -1).flip(0) for t in found)))
+    w, v, u, p = (randn(*shape) for shape in ((6, 9), (6, 9), (5, 3), (3, 6)))
+    c = bo.Directions(u, p) if factors else u @ p
+    found = ranking._merged(w, v, c, 8, "cross", None, None, "torch")
+    for one, other in zip(found, bo.interaction_topk(w, v, c, 8, scope="global"), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("n", (1, 2, 3))
 @pytest.mark.parametrize("scope", ("output", "global"))
 def test_a_few_over_many_merges(n, scope, small_limits):

@@ -99,6 +99,29 @@ def test_tests_that_can_notice(tmp_path: Path) -> None:
     ]
 
 
+def test_the_likeliest_file_comes_first() -> None:
+    tests = ["tests/test_contract.py", "tests/test_rank1_gates.py", "tests/test_rank1_masked.py"]
+    site = mutate.Site("kernels/rank1/masked.py", 1, "constant", 0, 0, "", "")
+    assert mutate.likeliest(site, tests) == [tests[2], tests[1], tests[0]]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_noticed_without_records(tmp_path: Path) -> None:
+    """By a test that passes without the mistake, by a file that it breaks; not by a file that is skipped."""
+    (tmp_path / "m.py").write_text("def f(a):\n    return a < 3\n")
+    (tmp_path / "test_m.py").write_text("from m import f\n\n\ndef test_f():\n    assert not f(3)\n")
+    (tmp_path / "test_weak.py").write_text("from m import f\n\n\ndef test_f():\n    assert f(2)\n")
+    (tmp_path / "test_import.py").write_text("from m import f\n\nassert not f(3)\n\n\ndef test_f(): pass\n")
+    (tmp_path / "test_skipped.py").write_text('import pytest\n\npytest.importorskip("no_such_module")\n')
+    (tmp_path / "test_fails.py").write_text("def test_f():\n    assert False\n")
+    (site,) = (site for site in mutate.sites(tmp_path / "m.py", tmp_path) if site.kind == "comparison")
+    assert [mutate.noticed_by_file(site, f"test_{name}.py", tmp_path) for name in ("m", "import")] == [True, True]
+    assert [mutate.noticed_by_file(site, f"test_{name}.py", tmp_path) for name in ("weak", "skipped")] == [False, False]
+    with pytest.raises(RuntimeError, match="the tests fail without any mistake"):
+        mutate.noticed_by_file(site, "test_fails.py", tmp_path)
+    assert (tmp_path / "m.py").read_text() == "def f(a):\n    return a < 3\n"
+
+
 @pytest.mark.slow
 def test_a_mistake_is_noticed_and_undone(tmp_path: Path) -> None:
     pytest.importorskip("coverage")

@@ -16,7 +16,7 @@ ROOT = Path(bo.__file__).parents[1]
 FAMILIES = {"interaction": interaction, "rank1": rank1}
 SHARED = {  # what the families of a room share
     composite: {"blockwise", "limits"},
-    kernels: {"activation", "config", "few_rows", "launching", "records", "tile", "tuning"}
+    kernels: {"activation", "config", "few_rows", "gated_hopper", "launching", "records", "tile", "tuning"}
     | {f"{family}_tiles" for family in ("gated", *FAMILIES)},
 }
 

@@ -79,10 +79,11 @@ def test_masks_checked_at_once(tokens, samples, sampling, monkeypatch):
     given = {"x": randn(*tokens, D), "gates": torch.rand(*tokens, 8), "samples": samples, "sampling": sampling}
     found, checks, check = [], [], bo.rank1.masked.check
     monkeypatch.setattr(bo.rank1.masked, "check", lambda **arguments: checks.append(1) or check(**arguments))
-    for bound in (21 * 8 * 2, -1):
+    most = samples * math.prod(tokens) * 8
+    for bound in (most, most - 1):
         monkeypatch.setattr(limits, "kept_masks", bound)
         found.append(masked(**given))
-        assert len(checks) == (bound < 0)
+        assert len(checks) == (bound < most)
     torch.testing.assert_close(*found)
 
 

@@ -283,6 +283,77 @@ def test_a_tile_that_does_not_run_is_left_out(clock, monkeypatch):
         tuning.preferred("gated_forward_kernel", randn(2, 2), (2,), tiles, run)
 
 
+FAULTS = {
+    "none": lambda out, run: None,
+    "the rounding of one element": lambda out, run: out[0].mul_(1 + 2**-8),
+    "the rounding of terms that cancel": lambda out, run: out[11].add_(2**-9),
+    "one element": lambda out, run: out[3].add_(0.1),
+    "one element of no size": lambda out, run: out[5].fill_(torch.inf),
+    "not written": lambda out, run: out[7].copy_(run[7]),
+    "not always": lambda out, run: out[9].add_(1 if run["runs"] == 6 else 0),
+    "an error": lambda out, run: (_ for _ in ()).throw(RuntimeError("no register left")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_unproven_tile_must_give_the_same_numbers(fault, clock, monkeypatch):
+    """It is measured like the others if it does; else it is left out, with a warning."""
+    monkeypatch.setenv("BILINEAR_OPS_TUNE_UNPROVEN", "1")
+    proven, unproven = config.Tile(16, 16, 16, 4, 1), config.Tile(32, 32, 16, 4, 1)
+    monkeypatch.setitem(
+        config.KERNELS, "gated_forward_kernel", replace(config.KERNELS["gated_forward_kernel"], candidates=())
+    )
+    right, out = randn(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
+    right[11] = 0
+    before = {"runs": 0}
+
+    def run(tile):
+        before.update(enumerate(out.clone()), runs=before["runs"] + (tile == unproven))
+        out.copy_(right)
+        if tile == unproven:
+            FAULTS[fault](out, before)
+        return out, None
+
+    clock.fastest = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = tuning.preferred("gated_forward_kernel", right, (1,), (proven,), run, (unproven,))
+    agrees = fault == "none" or fault.startswith("the rounding")
+    assert chosen == ((unproven if agrees else proven), proven)
+    assert clock.measured == [[proven, unproven] if agrees else [proven]]
+    assert [str(w.message).startswith(f"{unproven} is left out") for w in caught] == ([] if agrees else [True])
+
+
+def test_unproven_tiles_are_offered_when_asked_and_through_descriptors_alone(clock, monkeypatch, tmp_path):
+    """Last, and only when tuning measures."""
+    unproven = config.Tile(16, 16, 16, 4, 1)
+    record = replace(config.KERNELS["gated_forward_kernel"], unproven={"interpreter": (unproven,)})
+    monkeypatch.setitem(config.KERNELS, "gated_forward_kernel", record)
+    clock.fastest = 99
+
+    def measured(d, dtype):
+        x, w, v = (randn(*shape, dtype=dtype) for shape in ((9, d), (24, d), (24, d)))
+        ours = bo.gated_bilinear(x, w, v, impl="triton")
+        bo.testing.assert_no_worse(
+            ours, bo.reference.gated_bilinear(x, w, v), bo.reference.gated_bilinear(x.double(), w.double(), v.double())
+        )
+        return next((tiles for tiles in clock.measured if SMALL[0] in tiles), None)
+
+    assert unproven not in measured(16, torch.bfloat16), "what could hang is not asked for"
+    clock.forget()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    monkeypatch.setenv("BILINEAR_OPS_TUNE_UNPROVEN", "1")
+    assert measured(16, torch.bfloat16)[-1] == unproven
+    assert dict(tuning._chosen) and unproven in tuning._chosen.values()
+    clock.measured.clear()
+    for d, dtype in ((17, torch.bfloat16), (16, torch.float32)):  # rows that are not aligned; operands of four bytes
+        assert unproven not in measured(d, dtype)
+    clock.forget()
+    monkeypatch.delenv("BILINEAR_OPS_TUNE")
+    assert measured(16, torch.bfloat16) is None
+
+
 def test_what_a_choice_depends_on(monkeypatch):
     def key():
         tuning._code.cache_clear()

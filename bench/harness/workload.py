@@ -106,8 +106,9 @@ def tiling(
     device: torch.device,
     flops: int,
     bytes: int,
+    unproven: bool = False,
 ) -> Workload:
-    """A kernel with the table's tile as `ours` and all other candidates of tuning as variants.
+    """A kernel with the table's tile as `ours` and all other candidates of tuning, or all unproven ones, as variants.
 
     `reference` and `launcher` take the inputs and return a tensor or a tuple.
     """
@@ -124,10 +125,11 @@ def tiling(
 
         return build
 
-    tiles = config.candidates(kernel, config.architecture(device), dtype, ())
+    arch = config.architecture(device)
+    tiles = config.unproven(kernel, arch, dtype) if unproven else config.candidates(kernel, arch, dtype, ())
     return Workload(
         op=kernel,
-        case="tiles",
+        case="unproven tiles" if unproven else "tiles",
         shape=shape,
         dtype=dtype,
         inputs=inputs,

@@ -18,7 +18,7 @@ class Limits:
     # gated
     small_on_cpu: int = 1 << 28  # tokens x d x h up to which eager PyTorch is faster: by 15 % at 2^26, 5 % at 2^28
     cached_bytes: int = 1 << 20  # of each matrix in a block of rows: several fit the last-level cache, blocks are few
-    gradient_bytes: int = 8 << 20  # of [da | dz] in a block of rows: an allocator uses such a block again and again
+    gradient_bytes: int = 8 << 20  # of [da | dz] in a block of rows: an allocator reuses such a block
     gradient_rows: int = 128  # for each thread, at least: fewer make the library's products slow
 
     # interaction
