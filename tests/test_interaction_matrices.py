@@ -232,7 +232,8 @@ def test_streaming_keeps_its_budget(order, kind, dtype, impl, budget):
     def run():
         for _, q in bo.iter_interaction_matrices(w, v, c, layout=kind, chunk_bytes=budget, impl=impl):
             q.sum()
-            gc.collect()  # an interpreted launch is a cycle that holds its arguments
+            if impl == "triton":
+                gc.collect()  # an interpreted launch is a cycle that holds its arguments
 
     assert budget // 2 < peak_allocation(run) <= budget
 
