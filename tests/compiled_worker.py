@@ -22,12 +22,12 @@ from triton.runtime.jit import JITFunction
 from bench.static import gate, sass
 from bench.static.cases import FAMILIES
 from bilinear_ops.kernels import config, few_rows, gated, tuning
-from bilinear_ops.kernels.interaction import matrices
+from bilinear_ops.kernels.interaction import matrices, ranking
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.results import Gate, Masks
 
-MODULES = (config, few_rows, gated, matrices, losses, masked, masks, sparse)
+MODULES = (config, few_rows, gated, matrices, ranking, losses, masked, masks, sparse)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -138,6 +138,9 @@ def strided_calls() -> Iterator[Callable[[], object]]:
     for directions in (8, 512):
         yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, False)
         yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, True)
+    layer = wide(h, d), wide(h, d), wide(512, h), None, None
+    yield partial(ranking.interaction_moments, *layer)
+    yield partial(ranking.interaction_topk, *layer, wide(512, d, d), 10, "pair", "output")
     yield partial(masks.uniform, seed, 0, s, m, c)
     for rows in (m, 1):
         for source, drawn, sampling in ((wide(s, rows, c), None, "source"), (None, seed, "continuous")):

@@ -104,9 +104,12 @@ def test_every_pair(scope, score):
 
 @pytest.mark.parametrize("scope", ("output", "global"))
 def test_nan_is_the_strongest_and_infinity_next(scope):
+    """NaN by NaN, whatever their bits are."""
     w, v, c = layer(2)
     weight = torch.ones(2, D, D)
-    weight[0, 20, 30], weight[1, 3, 36], weight[1, 17, 18] = torch.nan, -torch.nan, torch.inf
+    weight[1, 3, 36], weight[1, 17, 18] = -torch.nan, torch.inf
+    bits = weight.view(torch.int32)
+    bits[0, 20, 30], bits[0, 20, 31] = 0x7FC00001, 0x7FFFFFFF
     found = bo.interaction_topk(w, v, c, 3, scope=scope, weight=weight, impl="triton")
     assert_places(found, bo.reference.interaction_topk(w, v, c, 3, scope=scope, weight=weight))
     w[0, 20], c[:, 0] = torch.nan, 0  # and so is all of row 20
@@ -117,12 +120,14 @@ def test_nan_is_the_strongest_and_infinity_next(scope):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_ranked_before_it_is_rounded(dtype):
-    tensors = [t.to(dtype) for t in layer(2)]
-    weight = weights("shared").to(dtype)
-    found = bo.interaction_topk(*tensors, 4, weight=weight, impl="triton")
-    gold = bo.reference.interaction_topk(*(t.double() for t in tensors), 4, weight=weight.double())
+    """The weights in the basis too."""
+    w, v, c, basis, weight = (t.to(dtype) for t in (*layer(2), randn(D, 18), weights("shared", f=18)))
+    found = bo.interaction_topk(w, v, c, 4, weight=weight, basis=basis, impl="triton")
+    w, v, c, basis, weight = (t.double() for t in (w, v, c, basis, weight))
+    gold = bo.reference.interaction_topk(w, v, c, 4, weight=weight, basis=basis)
     assert_places(found, gold)
-    torch.testing.assert_close(found.values, gold.values.to(dtype))
+    assert found.values.dtype == dtype
+    torch.testing.assert_close(found.values, gold.values.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("scope", ("output", "global"))
@@ -148,14 +153,14 @@ def test_no_tile_leaves_a_tail_of_the_contraction():
 
 
 @pytest.mark.parametrize("scope", ("output", "global"))
-def test_several_blocks_of_directions(scope, monkeypatch, launched):
-    tensors = (*layer(), None, None, weights("own"), 2, "cross", scope)
+def test_several_blocks_of_tiles_and_directions(scope, monkeypatch, launched):
+    tensors = (*layer(3, 18), None, None, weights("own", 3, 18), 2, "cross", scope)
     whole = kernels.interaction_topk(*tensors)
     launched.clear()
-    monkeypatch.setattr(kernels, "KEYS", 1)  # directions in blocks of a tile's
+    monkeypatch.setattr(kernels, "KEYS", 3)  # one tile of four, one direction
     found = kernels.interaction_topk(*tensors)
-    assert launched.count("interaction_topk_kernel") == 2
-    assert launched.count("interaction_candidates_kernel") == (K if scope == "output" else 1)
+    assert launched.count("interaction_topk_kernel") == 4
+    assert launched.count("interaction_candidates_kernel") == (3 if scope == "output" else 1)
     for got, expected in zip(found, whole, strict=True):
         assert torch.equal(got, expected)
 

@@ -31,7 +31,7 @@ from bilinear_ops.kernels.tile import column_quarters
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 TopK: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 PARTS = 1 << 25  # elements of the tiles' sums of a block of directions: 128 MiB
-KEYS = 1 << 24  # keys of a block of directions: 128 MiB
+KEYS = 1 << 24  # of a block of tiles, and of pairs of a block of directions: 128 MiB
 PLACES = 1 << 32  # of pairs in a key: the rank's 31 bits are above them
 NOT_RANKED = tl.constexpr(-1)  # less than every key
 NAN = tl.constexpr(0x7FC00000)  # a rank's bits: more than infinity's
@@ -167,17 +167,17 @@ def interaction_topk_kernel(
     c_ptr, stride_c,
     weight_ptr, stride_weight_k, stride_weight_i, stride_weight_j,
     best_ptr,
-    D, K, tiles_j, tiles_k,
+    D, K, tiles_j, tiles_k, first,
     H: tl.constexpr, PRECISION: tl.constexpr,
     TWICE: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A program stores the largest key of a tile's pairs: best [tiles, K].
+    """A program stores the largest key of a tile's pairs: best [tiles from `first` on, K].
 
     The layout of the operands is that of `interaction_pairs_kernel`.
     """
     k0 = tl.program_id(0) % tiles_k * BLOCK_K
-    pair = tl.program_id(0) // tiles_k
+    pair = first + tl.program_id(0) // tiles_k
     i0 = pair // tiles_j * BLOCK_I
     j0 = pair % tiles_j * BLOCK_J
     if j0 + BLOCK_J <= i0:  # below the diagonal
@@ -194,7 +194,7 @@ def interaction_topk_kernel(
             quarters[part], i, j, k[None, :], D, K, weight_ptr, stride_weight_k, stride_weight_i, stride_weight_j,
             TWICE, DIAGONAL, WEIGHT,
         )  # fmt: skip
-        tl.store(best_ptr + pair.to(tl.int64) * K + k, tl.max(key, 0), mask=k < K)
+        tl.store(best_ptr + (pair - first).to(tl.int64) * K + k, tl.max(key, 0), mask=k < K)
 
 
 @triton.jit
@@ -298,21 +298,16 @@ def _topk(
         "BLOCK_J": tile.block_j,
         "PRECISION": via.accurate_precision(w),
     }
-    kept = min(n, tiles)
 
-    def best(a: int, b: int) -> tuple[Tensor, Tensor]:
-        """The largest keys of the tiles of directions a to b, and the numbers of these tiles: [b - a, kept]."""
-        keys = w.new_full((tiles, b - a), NOT_RANKED.value, dtype=torch.int64)
-        tiles_k = triton.cdiv(b - a, tile.block_k)
-        interaction_topk_kernel[(tiles * tiles_k,)](
-            wt, vt, padded, half[a:b], padded,
-            weight if weight is None or weight.dim() == 2 else weight[a:b], *strides, keys,
-            features, b - a, tiles_j, tiles_k,
-            H=padded, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h,
-            **options, **tile.launch(),
+    def best(first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The largest keys of the tiles from `first` to `last`, and the tiles' numbers: [K, tiles]."""
+        keys = w.new_full((last - first, directions), NOT_RANKED.value, dtype=torch.int64)
+        tiles_k = triton.cdiv(directions, tile.block_k)
+        interaction_topk_kernel[((last - first) * tiles_k,)](
+            wt, vt, padded, half, padded, weight, *strides, keys, features, directions, tiles_j, tiles_k, first,
+            H=padded, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, **options, **tile.launch(),
         )  # fmt: skip
-        found = keys.t().contiguous().topk(kept, 1)
-        return found.values, found.indices
+        return keys.t(), torch.arange(first, last, device=w.device).expand(directions, -1)
 
     def candidates(k: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the keys of all pairs of some tiles of directions: [tiles, pairs]."""
@@ -329,9 +324,12 @@ def _topk(
         via.launch(kernel, w, (tuning.bucket(count), features, h), config.tiles(kernel, arch, w.dtype), run)
         return values, keys
 
-    least = tile.block_k * tiles  # fewer directions would waste products
-    tops = [best(a, b) for a, b in blocks(directions, tiles, max(KEYS, least))]
-    keys, numbers = (torch.cat(parts) for parts in zip(*tops, strict=True))  # [K, kept]
+    keys, numbers = w.new_empty(directions, 0, dtype=torch.int64), w.new_empty(directions, 0, dtype=torch.int64)
+    for first, last in blocks(tiles, directions, KEYS):
+        keys, numbers = (torch.cat(both, 1) for both in zip((keys, numbers), best(first, last), strict=True))
+        top = keys.topk(min(n, keys.shape[1]), 1)
+        keys, numbers = top.values, numbers.gather(1, top.indices)
+    kept = keys.shape[1]  # n, or as many as there are tiles
     if scope == "global":
         # as the order (k, pair) is kept among equal ranks, the first n hold the n strongest pairs of all
         order = (keys >> 32).flatten().argsort(descending=True, stable=True)[:n]
