@@ -2,7 +2,8 @@
 
 Moments are sums over tiles of pairs, which stay in registers. A ranking keeps the strongest pair of every tile: the n
 strongest pairs of a direction lie in the n tiles whose own strongest pairs are the strongest. Only these tiles are
-computed again, in fp32, and ranked. Nothing waits for the device.
+computed again, pair by pair, and ranked. Keys are distinct, which makes the order that of the specification on every
+device, and no number is read on the host.
 """
 
 from functools import partial
@@ -300,14 +301,15 @@ def _topk(
     }
 
     def best(first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The largest keys of the tiles from `first` to `last`, and the tiles' numbers: [K, tiles]."""
+        """The n largest keys of the tiles from `first` to `last`, and the tiles' numbers: [K, n or all tiles]."""
         keys = w.new_full((last - first, directions), NOT_RANKED.value, dtype=torch.int64)
         tiles_k = triton.cdiv(directions, tile.block_k)
         interaction_topk_kernel[((last - first) * tiles_k,)](
             wt, vt, padded, half, padded, weight, *strides, keys, features, directions, tiles_j, tiles_k, first,
             H=padded, BLOCK_K=tile.block_k, BLOCK_H=tile.block_h, **options, **tile.launch(),
         )  # fmt: skip
-        return keys.t(), torch.arange(first, last, device=w.device).expand(directions, -1)
+        top = keys.t().contiguous().topk(min(n, last - first), 1)
+        return top.values, top.indices + first
 
     def candidates(k: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the keys of all pairs of some tiles of directions: [tiles, pairs]."""
@@ -324,7 +326,7 @@ def _topk(
         via.launch(kernel, w, (tuning.bucket(count), features, h), config.tiles(kernel, arch, w.dtype), run)
         return values, keys
 
-    keys, numbers = w.new_empty(directions, 0, dtype=torch.int64), w.new_empty(directions, 0, dtype=torch.int64)
+    keys = numbers = w.new_empty(directions, 0, dtype=torch.int64)
     for first, last in blocks(tiles, directions, KEYS):
         keys, numbers = (torch.cat(both, 1) for both in zip((keys, numbers), best(first, last), strict=True))
         top = keys.topk(min(n, keys.shape[1]), 1)
