@@ -33,7 +33,7 @@ VARIABLES = (
 BRANCHES = {
     "interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
     "iter_interaction_matrices": (matrices.LEFT_TO_PYTORCH,),
-    "interaction_topk": (ranking.CALLED, ranking.ONLY_DIAGONALS, ranking.SHARED_TILES, matrices.LEFT_TO_PYTORCH),
+    "interaction_topk": (ranking.CALLED, ranking.ONLY_DIAGONALS, ranking.MANY_FEATURES, matrices.LEFT_TO_PYTORCH),
     "interaction_moments": (matrices.LEFT_TO_PYTORCH,),
     "rank1_linear": (masked.NO_MASK,),
     "every op": (_impl.TRANSFORMS,),

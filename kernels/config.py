@@ -16,6 +16,7 @@ from bilinear_ops.kernels import gated_tiles, interaction_tiles, rank1_tiles
 from bilinear_ops.kernels.records import (
     LIBRARY,
     Choice,
+    Compiled,
     PairTile,
     SplitTile,
     Threshold,
@@ -53,6 +54,10 @@ LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the g
 # Both ways take 2 rows C d_out d_in FLOPs. The library writes a workspace of C d_out min(rows, d_in) elements first. At
 # 295 FLOPs a byte (H100, bf16) that costs more than products at 0.8 of the library's speed up to a size of 1,180.
 WIDE_WEIGHTS = Threshold(1024, "a model of the workspace's bytes against the products' FLOPs; no receipt yet")
+
+# A direction's tile of 128 pairs is ranked by a warp of its own: in these instructions, on four schedulers, it takes 32
+# neurons. On tensor cores, in three TF32 terms at 2048 FLOPs a clock, 128 directions of it took an eighth of that each.
+FEW_TILES = Threshold(16, Compiled("sm_90 interaction_candidates_kernel [float32 K=512]", "loop", 374))
 
 
 def tiles(kernel: str, arch: str, dtype: torch.dtype, descriptors: bool = True) -> tuple[Choice, ...]:
@@ -116,14 +121,20 @@ def interaction_matrices(arch: str, dtype: torch.dtype, directions: int) -> tupl
     return tiles("interaction_direction_kernel", arch, dtype) if 2 * directions < computed[best] else (best,)
 
 
-def streams_moments(arch: str, dtype: torch.dtype, directions: int, h: int, d: int, features: int) -> bool:
-    """Whether moments are summed tile by tile of pairs: where the matrices too are formed by pairs, and few features.
+def streams(arch: str, dtype: torch.dtype, directions: int, h: int, d: int, features: int) -> bool:
+    """Whether entries are used tile by tile of pairs: where the matrices too are formed by pairs, and few features.
 
     A pair of features takes h products for each direction, while the matrix of the inputs takes h for a pair of these
     and D^T Q_k D another 2 d^2 F + d F^2 for a basis D [d, F].
     """
     by_pairs = isinstance(interaction_matrices(arch, dtype, directions)[0], PairTile)
     return by_pairs and (features == d or h * features**2 <= h * d**2 + 2 * d**2 * features + d * features**2)
+
+
+def few_tiles(arch: str, n: int, features: int, directions: int) -> bool:
+    """Whether the tiles that hold the n strongest pairs of `directions` matrices are few of all."""
+    tile = next(t for t in tiles("interaction_topk_kernel", arch, torch.float32) if isinstance(t, PairTile))
+    return FEW_TILES.size * n * tile.block_i * tile.block_j <= directions * (features * (features + 1) // 2)
 
 
 def interaction_pairs(arch: str, dtype: torch.dtype, directions: int) -> bool:

@@ -126,6 +126,33 @@ KERNELS = {
         interpreted=PairTile(16, 16, 32, 32, 4, 1),
         candidates=(PairTile(8, 16, 128, 64, 8, 3), PairTile(8, 16, 64, 64, 8, 3), PairTile(8, 16, 64, 32, 4, 3)),
     ),
+    # as those of moments: the strongest pair of each tile
+    "interaction_topk_kernel": Kernel(
+        tiles={
+            arch: {tile: Compiled(f"{arch} interaction_topk_kernel [float32 K=512 weights]", "registers", registers)}
+            for arch, tile, registers in (
+                ("sm_80", PairTile(8, 16, 64, 32, 8, 3), 166),
+                ("sm_90", PairTile(8, 16, 128, 64, 8, 3), 243),
+                ("sm_100", PairTile(8, 16, 128, 64, 8, 3), 213),
+                ("sm_120", PairTile(8, 16, 64, 32, 8, 2), 239),
+                ("gfx942", PairTile(8, 16, 64, 32, 4, 2), 178),
+            )
+        },
+        interpreted=PairTile(16, 16, 32, 32, 4, 1),
+        candidates=(PairTile(8, 16, 128, 64, 8, 3), PairTile(8, 16, 64, 64, 8, 3), PairTile(8, 16, 64, 32, 4, 3)),
+    ),
+    # one direction of one of these tiles: the pairs are theirs, and its block_h divides theirs
+    "interaction_candidates_kernel": Kernel(
+        tiles={
+            "any": {
+                PairTile(8, 16, 1, 32, 1, 3): Compiled(
+                    "sm_90 interaction_candidates_kernel [float32 K=512 weights]", "registers", 126
+                )
+            }
+        },
+        interpreted=PairTile(16, 16, 1, 16, 4, 1),
+        candidates=(PairTile(8, 16, 1, 32, 1, 3), PairTile(8, 16, 1, 32, 2, 3), PairTile(8, 16, 1, 16, 1, 3)),
+    ),
     # a tile of a direction's gradient and its mirror image
     "interaction_strips_kernel": Kernel(
         tiles={

@@ -17,17 +17,18 @@ from unittest import mock
 import torch
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompilationError
 from triton.runtime.jit import JITFunction
 
 from bench.static import gate, sass
 from bench.static.cases import FAMILIES
 from bilinear_ops.kernels import config, few_rows, gated, tuning
-from bilinear_ops.kernels.interaction import matrices
+from bilinear_ops.kernels.interaction import matrices, ranking
 from bilinear_ops.kernels.rank1 import losses, masked, masks, sparse
 from bilinear_ops.kernels.records import RowTile, Tile
 from bilinear_ops.results import Gate, Masks
 
-MODULES = (config, few_rows, gated, matrices, losses, masked, masks, sparse)
+MODULES = (config, few_rows, gated, matrices, ranking, losses, masked, masks, sparse)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -138,6 +139,9 @@ def strided_calls() -> Iterator[Callable[[], object]]:
     for directions in (8, 512):
         yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, False)
         yield partial(matrices.interaction_matrices, t(h, d), t(h, d), t(directions, h), None, True)
+    layer = wide(h, d), wide(h, d), wide(512, h), None, None
+    yield partial(ranking.interaction_moments, *layer)
+    yield partial(ranking.interaction_topk, *layer, wide(512, d, d), 10, "pair", "output")
     yield partial(masks.uniform, seed, 0, s, m, c)
     for rows in (m, 1):
         for source, drawn, sampling in ((wide(s, rows, c), None, "source"), (None, seed, "continuous")):
@@ -207,7 +211,7 @@ CAST = re.compile(r"\.to\(tl\.int64\)|tl\.cast\((\w+), tl\.int64\)")
 
 
 def casts() -> dict[str, list[str]]:
-    """By cast to 64 bits in the kernels: the kernels in which dropping it leaves a multiplication in 32 bits."""
+    """By cast to 64 bits in the kernels: the kernels in which dropping it leaves a product in 32 bits, or an error."""
     before = {name: len(lines) for name, lines in multiplications().items()}
     found: dict[str, list[str]] = {}
     functions = {f.__name__: f for m in MODULES for f in vars(m).values() if isinstance(f, JITFunction)}
@@ -217,8 +221,11 @@ def casts() -> dict[str, list[str]]:
             line = source[: match.start()].count("\n")
             place = f"{function.__name__}: {source.splitlines()[line].strip()}"
             function._unsafe_update_src(source[: match.start()] + (match.group(1) or "") + source[match.end() :])
-            after = multiplications()
-            found[place] = [name for name, lines in after.items() if len(lines) > before[name]]
+            try:
+                after = multiplications()
+                found[place] = [name for name, lines in after.items() if len(lines) > before[name]]
+            except CompilationError as error:  # of numbers that do not fit 32 bits
+                found[place] = [str(error)]
         function._unsafe_update_src(source)
     return found
 

@@ -108,6 +108,8 @@ BRANCHES = {
     "interaction_topk, K = 20, low rank": partial(topk, 20, directions=2),
     "interaction_topk, K = 20, global": partial(topk, 20, scope="global"),
     "interaction_topk, K = 20, weight tensor": lambda: topk(20, weight=torch.rand(3, 3)),
+    "interaction_topk, K = 64": partial(topk, 64, scope="global"),
+    "interaction_topk, K = 64, low rank": partial(topk, 64, directions=2, scope="global"),
     "interaction_topk, K = 64, basis": partial(topk, 64, features=5),
     "interaction_topk, K = 64, basis, low rank": partial(topk, 64, features=5, directions=2),
     "interaction_moments": partial(moments, 3),
@@ -146,13 +148,11 @@ WITH_BACKWARD_KERNELS = (
 )  # fmt: skip
 TO_PYTORCH = "leaves these sizes to PyTorch"
 CALLED = "a function as weight"
-SHARED_TILES = "more than 48 outputs without a basis"
+MANY_FEATURES = "more than 48 outputs of more than 65,536 inputs"
 
 # Branches without a kernel: how to build the call, and what the error says.
 REFUSED = {
-    "interaction_topk, K = 64": (partial(topk, 64), SHARED_TILES),
-    "interaction_topk, K = 64, low rank": (partial(topk, 64, directions=2), SHARED_TILES),
-    "interaction_topk, K = 64, global": (partial(topk, 64, scope="global"), SHARED_TILES),
+    "interaction_topk, K = 64, many inputs": (partial(topk, 64, d=65_537, h=1), MANY_FEATURES),
     "interaction_topk, K = 20, weight function": (lambda: topk(20, weight=lambda k: torch.ones(3, 3)), CALLED),
     "interaction_topk, K = 64, basis, global, weight function": (
         lambda: topk(64, features=5, scope="global", weight=lambda k: torch.ones(5, 5)),
@@ -207,9 +207,12 @@ def test_branches_without_a_kernel_raise(branch, architecture):
     assert not launched
 
 
-@pytest.mark.parametrize("branch", [name for name in REFUSED if "function" not in name])
+@pytest.mark.parametrize("branch", [name for name in REFUSED if "function" not in name and "inputs" not in name])
 def test_branches_without_a_kernel_run_pytorch_unless_asked(branch, monkeypatch):
-    """Called with what the wrapper passes on for "auto" on a GPU; with a function as weight, kernels form matrices."""
+    """Called with what the wrapper passes on for "auto" on a GPU; with a function as weight, kernels form matrices.
+
+    Not of many inputs, which take too long here.
+    """
     monkeypatch.setattr(_impl, "resolve", lambda impl, t: impl)
     call = REFUSED[branch][0]()
     with counted() as launched:

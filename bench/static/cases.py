@@ -127,6 +127,9 @@ def interaction_cases(arch: str) -> Iterator[Case]:
                 yield Case(case, partial(with_tile, r.tile), rejected=True)
         if dtype == torch.float32:
             yield Case("float32 K=512", partial(ranking.interaction_moments, w, w, c, None, None))
+            for name, weight in (("", None), (" weights", torch.empty(512, d, d, device="meta"))):
+                strongest = partial(ranking.interaction_topk, w, w, c, None, None, weight, 10, "cross", "output")
+                yield Case(f"float32 K=512{name}", strongest)
         name, c = str(dtype).removeprefix("torch."), torch.empty(512, h, dtype=dtype, device="meta")
         dq = torch.empty(512, d, d, dtype=dtype, device="meta")
         backward = matrices_backward.interaction_matrices_backward

@@ -23,7 +23,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 def workloads(device: torch.device) -> list[Workload]:
     """Training steps, ours through the kernels; the names are the same for all devices."""
-    families = (_gated, _interaction, _masked, _sparse, _accumulated, _networks, _faithfulness, _uniform)
+    families = (_gated, _interaction, _ranked, _masked, _sparse, _accumulated, _networks, _faithfulness, _uniform)
     return [w for family in families for w in family(device)]
 
 
@@ -116,6 +116,16 @@ def _interaction(device: torch.device) -> Iterator[Workload]:
                     device, "interaction_matrices", f"{order}, {layout}", dtype, shapes, matrices,
                     interaction_matrices=tile,
                 )  # fmt: skip
+
+
+def _ranked(device: torch.device) -> Iterator[Workload]:
+    """More outputs than matrices are formed for, by their strongest pairs' values."""
+
+    def strongest(module: Any) -> Op:
+        return lambda w, v, c: module.interaction_topk(w, v, c, 2, scope="global", **_ours(module)).values
+
+    for dtype in DTYPES:
+        yield _workload(device, "interaction_topk", "", dtype, ((21, 18), (21, 18), (49, 21), (2,)), strongest)
 
 
 def _masked(device: torch.device) -> Iterator[Workload]:

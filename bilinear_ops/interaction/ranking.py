@@ -32,9 +32,10 @@ from bilinear_ops.results import (
 # Branches without a kernel.
 CALLED = "interaction_topk with a function as weight calls it for every output, which PyTorch's ranking does"
 ONLY_DIAGONALS = 'interaction_topk with score="self" reads diagonals, which no kernel computes'
-SHARED_TILES = (
-    f"interaction_topk of more than {limits.loop_max} outputs without a basis ranks tiles of pairs, "
-    "which no kernel computes"
+MOST_FEATURES = 1 << 16  # whose pairs a kernel's keys number in 32 bits
+MANY_FEATURES = (
+    f"interaction_topk of more than {limits.loop_max} outputs of more than {MOST_FEATURES:,} inputs without a basis "
+    "ranks more pairs than a kernel's keys number"
 )
 
 
@@ -67,15 +68,18 @@ def interaction_topk(
         basis: `[d, F]` directions of features.
         group: process group whose ranks all call with the same tensors: each does its share of the directions, and
             every one gets the whole result. Directions sharded as DTensors leave the result sharded.
-        impl: as for `interaction_matrices`; the kernels form the matrices, and a ranking that forms none has no kernel.
+        impl: as for `interaction_matrices`; the kernels keep the strongest pair of every tile of pairs, form no matrix
+            and wait for nothing. Where matrices are cheaper to form, for few outputs, low rank, many features or an n
+            that is large beside the pairs, and for a function as weight, the matrices' kernels form them and PyTorch
+            ranks them.
 
     Returns:
         `TopInteractions(values, k, i, j)` in descending rank, ties by (k, i, j): `[K, n]`, or `[n]` for scope "global".
         Values carry gradients, indices do not.
 
     Raises:
-        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self", with
-            a function as weight, or without a basis for more than 48 outputs.
+        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self" or with
+            a function as weight.
         ValueError: unknown score, scope or impl, or n out of range.
     """
     if group is None and weight is None and basis is None:
@@ -329,16 +333,24 @@ def _topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if weight is not None and not isinstance(weight, Tensor):
         _impl.refuse(impl, CALLED)
-    _impl.refuse(impl, _why_no_kernel(w, c if u is None else u, basis, score))
+    else:
+        _impl.refuse(impl, _why_no_kernel(w, c if u is None else u, basis, score))
+        if impl != "torch" and score != "self":
+            from bilinear_ops.kernels.interaction import ranking as kernels
+
+            return kernels.interaction_topk(w, v, c, u, basis, weight, n, score, scope, library=impl == "auto")
     matrices = partial(interaction_matrices, impl=impl)
     return composite.interaction_topk(w, v, c, u, basis, weight, n, score, scope, matrices)
 
 
 def _why_no_kernel(w: Tensor, rows: Tensor, basis: Tensor | None, score: str) -> str | None:
-    """Why a ranking forms no matrices, the only part of it that has kernels; None where it does or is empty."""
-    if w.numel() == 0 or rows.numel() == 0 or composite.forms_matrices(rows.shape[0], basis, score):
+    """Why neither a ranking nor the matrices that it would form have kernels; None where one does or all is empty."""
+    if w.numel() == 0 or rows.numel() == 0:
         return None
-    return ONLY_DIAGONALS if score == "self" else SHARED_TILES
+    if score == "self":
+        return ONLY_DIAGONALS
+    many = w.shape[1] > MOST_FEATURES and not composite.forms_matrices(rows.shape[0], basis, score)
+    return MANY_FEATURES if many else None
 
 
 def _topk_fake(w, v, c, u, basis, weight, n, score, scope, impl):
