@@ -39,7 +39,7 @@ SHARED_MEMORY = {
 # Same shared memory and matrix instruction, so that one row serves all.
 TWINS = {"sm_86": "sm_120", "sm_89": "sm_120"}
 
-GLUON = ("3.6", "3.9")  # the versions of Triton that compiled kernels in it
+GLUON = ("3.6", "3.9")  # the versions of Triton with which the Gluon kernel was compiled
 
 # Records by the name of the jit function.
 KERNELS = {**gated_tiles.KERNELS, **interaction_tiles.KERNELS, **rank1_tiles.KERNELS}
@@ -55,8 +55,9 @@ LONG_CONTRACTION = Threshold(4096, "the library's main loop is faster, and the g
 # 295 FLOPs a byte (H100, bf16) that costs more than products at 0.8 of the library's speed up to a size of 1,180.
 WIDE_WEIGHTS = Threshold(1024, "a model of the workspace's bytes against the products' FLOPs; no receipt yet")
 
-# A direction's tile of 128 pairs is ranked by a warp of its own: in these instructions, on four schedulers, it takes 32
-# neurons. On tensor cores, in three TF32 terms at 2048 FLOPs a clock, 128 directions of it took an eighth of that each.
+# Modelled, not measured. The second kernel ranks a tile of 128 pairs of one direction in a warp: 374 instructions for
+# 32 neurons, or 94 clocks of a multiprocessor's four schedulers. The first kernel takes 12 clocks for the same pairs:
+# three TF32 terms at 2048 FLOPs a clock. If 1 tile of 16 is ranked again, that adds half of the first kernel's time.
 FEW_TILES = Threshold(16, Compiled("sm_90 interaction_candidates_kernel [float32 K=512]", "loop", 374))
 
 

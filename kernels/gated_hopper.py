@@ -86,8 +86,8 @@ def copy(operands, ring, sizes, blocks: gl.constexpr):
         m = tile_m * BLOCK_M
         h = tile_h * BLOCK_H
         for d in range(0, D, BLOCK_D):
-            stage, use = place(step, blocks[4])
-            mbarrier.wait(empty.index(stage), use ^ 1)
+            stage, parity = place(step, blocks[4])
+            mbarrier.wait(empty.index(stage), parity ^ 1)
             mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes + v.block_type.nbytes)
             load_async(x, [m, d], full.index(stage), stages_x.index(stage))
             load_async(w, [h, d], full.index(stage), stages_wv.index(stage).slice(0, BLOCK_H))
@@ -130,8 +130,8 @@ def multiply(
         b_az = gl.zeros([ROWS, 2 * BLOCK_H], gl.float32, ACCUMULATOR)
         last = 0
         for d in range(0, D, BLOCK_D):
-            stage, use = place(step, blocks[4])
-            mbarrier.wait(full.index(stage), use)
+            stage, parity = place(step, blocks[4])
+            mbarrier.wait(full.index(stage), parity)
             b_x = stages_x.index(stage).slice(WARPGROUP * ROWS, ROWS)
             b_az = warpgroup_mma(b_x, stages_wv.index(stage).permute((1, 0)), b_az, is_async=True)
             b_az = warpgroup_mma_wait(1, deps=(b_az,))  # for the product of the step before

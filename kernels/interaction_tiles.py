@@ -141,7 +141,7 @@ KERNELS = {
         interpreted=PairTile(16, 16, 32, 32, 4, 1),
         candidates=(PairTile(8, 16, 128, 64, 8, 3), PairTile(8, 16, 64, 64, 8, 3), PairTile(8, 16, 64, 32, 4, 3)),
     ),
-    # one direction of one of these tiles: the pairs are theirs, and its block_h divides theirs
+    # one direction of a tile above: block_i and block_j are that tile's, and block_h divides its block_h
     "interaction_candidates_kernel": Kernel(
         tiles={
             "any": {

@@ -32,7 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def patch_once_a_launch() -> None:
-    """Spare the interpreter a third of its time: it patches all of `triton.language` at every call of a function."""
+    """Patch `triton.language` once a launch, where the interpreter does so at every call of a device function.
+
+    A launch undoes its own patches when it ends, so the next one starts anew.
+    """
     try:
         from triton.runtime import interpreter
     except ModuleNotFoundError:

@@ -306,8 +306,7 @@ def noticed_by_file(site: Site, test: str, tree: Path, seconds: float = 900) -> 
     failed.unlink(missing_ok=True)
     if not _fail(site, [test], tree, seconds, REACH_FAILED=str(failed)):
         return False
-    if failed.exists():
-        _run_unchanged([test], tree, REACH_RUN=str(failed))
+    _run_unchanged([test], tree, **({"REACH_RUN": str(failed)} if failed.exists() else {}))
     return True
 
 

@@ -35,9 +35,9 @@ def twin_kernel(
     for step in range(0, steps + STAGES - 1):
         if step < steps:
             m, h, d = corner(step, M, H, D, BLOCK_M, BLOCK_H, BLOCK_D, GROUP_M)
-            stage, use = place(step, STAGES)
+            stage, parity = place(step, STAGES)
             uses = tl.load(uses_ptr + stage)
-            tl.store(uses_ptr + stage, tl.where(uses & 1 == use, uses + 1, -(1 << 20)))
+            tl.store(uses_ptr + stage, tl.where(uses & 1 == parity, uses + 1, -(1 << 20)))
             ring = ring_ptr + stage * ROWS * BLOCK_D
             b_x = load_tile(x, D, 1, m, d, M, D, BLOCK_M, BLOCK_D, False)
             b_w = load_tile(w, D, 1, h, d, H, D, BLOCK_H, BLOCK_D, False)

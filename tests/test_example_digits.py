@@ -298,7 +298,7 @@ def test_quick_finds_the_signs(digits, claims, quick):
     assert all(target["correlation"] > 0.6 for target in found["targets"])
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_quick_says_what_it_measured_and_draws_it(example, quick):
     pytest.importorskip("matplotlib")
     found, out = quick

@@ -107,7 +107,7 @@ def test_gates(activation, launched):
 LAST = "b_az = warpgroup_mma_wait(0, deps=(b_az,))\n        mbarrier.arrive(empty.index(last), count=1)"
 BROKEN = {
     "a ring of one stage": ("STAGES: gl.constexpr,\n):", "STAGES: gl.constexpr,\n):\n    STAGES = 1"),
-    "the first round waits for a release": ("use ^ 1)", "use)"),
+    "the first round waits for a release": ("parity ^ 1)", "parity)"),
     "parities of steps": ("step // STAGES & 1", "step & 1"),
     "released by one warpgroup": ("empty.index(stage), count=WARPGROUPS", "empty.index(stage), count=1"),
     "released before the product": ("warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,"),
@@ -115,8 +115,8 @@ BROKEN = {
     "the last stage kept": (LAST, LAST.partition("\n")[0]),
     "released twice": ("pred=d > 0", "pred=True"),
     "fewer bytes than are copied": (" + v.block_type.nbytes", ""),
-    "no wait for the copies": ("mbarrier.wait(full.index(stage), use)", "pass"),
-    "no wait for the products": ("mbarrier.wait(empty.index(stage), use ^ 1)", "pass"),
+    "no wait for the copies": ("mbarrier.wait(full.index(stage), parity)", "pass"),
+    "no wait for the products": ("mbarrier.wait(empty.index(stage), parity ^ 1)", "pass"),
     "the rows of one warpgroup": ("slice(WARPGROUP * ROWS, ROWS)", "slice(0, ROWS)"),
     "a buffer of both warpgroups": ("staged.index(2 * WARPGROUP + i)", "staged.index(i)"),
     "a store before the buffer is read": ("tma.store_wait(1)", "tma.store_wait(2)"),
@@ -139,6 +139,13 @@ def test_a_broken_protocol_is_noticed(name, launched):
         return False
 
     assert any(map(noticed, range(8)))
+
+
+def test_the_protocol_passes_where_broken_ones_must_fail(launched):
+    tensors = inputs(torch.bfloat16)
+    for seed in range(8):
+        *found, _ = launched(tensors, Gate("identity"), seed=seed)
+        assert_right(found, tensors, Gate("identity"))
 
 
 @pytest.mark.parametrize(("activation", "stages", "programs"), (("silu", 5, 1), ("silu_clamped", 2, 3)))
@@ -195,7 +202,7 @@ def test_compiled():
     assert_ordered(found["ptx"])
 
 
-@pytest.mark.slow  # CI runs it all the same
+@pytest.mark.ci
 def test_more_of_them_compiled():
     """With the newest Triton; 3.6 spills 70 times in silu_bounded's epilogue, if everything is asked for."""
     for found in facts("more_rings")["more_rings"].values():

@@ -369,6 +369,8 @@ def test_first_call_within_a_capture(device):
     (
         ("", True),
         ("not gpu and not slow", True),
+        ("not gpu and not slow and not ci", True),
+        ("ci", True),
         ("slow", True),
         ("not slow", True),
         ("not (gpu or slow)", True),

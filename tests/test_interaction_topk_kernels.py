@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import bilinear_ops as bo
 from bilinear_ops import testing
+from bilinear_ops.interaction import ranking as ops
 from bilinear_ops.kernels import config, tuning
 from bilinear_ops.kernels.interaction import ranking as kernels
 from bilinear_ops.kernels.records import PairTile
@@ -160,9 +161,13 @@ def test_several_blocks_of_tiles_and_directions(scope, monkeypatch, launched):
     monkeypatch.setattr(kernels, "KEYS", 3)  # one tile of four, one direction
     found = kernels.interaction_topk(*tensors)
     assert launched.count("interaction_topk_kernel") == 4
-    assert launched.count("interaction_candidates_kernel") == (3 if scope == "output" else 1)
+    assert launched.count("interaction_candidates_kernel") == (3 if scope == "output" else 2)
     for got, expected in zip(found, whole, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_the_refusal_is_the_bound_of_the_keys():
+    assert ops.MOST_FEATURES**2 == kernels.PLACES
 
 
 @pytest.mark.parametrize("scope", ("output", "global"))

@@ -117,8 +117,10 @@ def test_a_mistake_is_noticed_without_records(tmp_path: Path) -> None:
     (site,) = (site for site in mutate.sites(tmp_path / "m.py", tmp_path) if site.kind == "comparison")
     assert [mutate.noticed_by_file(site, f"test_{name}.py", tmp_path) for name in ("m", "import")] == [True, True]
     assert [mutate.noticed_by_file(site, f"test_{name}.py", tmp_path) for name in ("weak", "skipped")] == [False, False]
-    with pytest.raises(RuntimeError, match="the tests fail without any mistake"):
-        mutate.noticed_by_file(site, "test_fails.py", tmp_path)
+    (tmp_path / "test_absent.py").write_text("import no_such_module\n")
+    for name in ("fails", "absent"):
+        with pytest.raises(RuntimeError, match="the tests fail without any mistake"):
+            mutate.noticed_by_file(site, f"test_{name}.py", tmp_path)
     assert (tmp_path / "m.py").read_text() == "def f(a):\n    return a < 3\n"
 
 

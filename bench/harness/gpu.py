@@ -61,7 +61,7 @@ def _first(w: Workload) -> bool:
 
 
 def _unproven(w: Workload) -> bool:
-    """Tiles that might never end."""
+    """Whether a workload launches tiles that no GPU has run, and that could hang."""
     return w.case.startswith("unproven")
 
 

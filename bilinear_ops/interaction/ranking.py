@@ -32,10 +32,10 @@ from bilinear_ops.results import (
 # Branches without a kernel.
 CALLED = "interaction_topk with a function as weight calls it for every output, which PyTorch's ranking does"
 ONLY_DIAGONALS = 'interaction_topk with score="self" reads diagonals, which no kernel computes'
-MOST_FEATURES = 1 << 16  # whose pairs a kernel's keys number in 32 bits
+MOST_FEATURES = 1 << 16  # the kernels number i * F + j in 32 bits
 MANY_FEATURES = (
     f"interaction_topk of more than {limits.loop_max} outputs of more than {MOST_FEATURES:,} inputs without a basis "
-    "ranks more pairs than a kernel's keys number"
+    "has no kernel: its keys number pairs in 32 bits"
 )
 
 
@@ -68,18 +68,18 @@ def interaction_topk(
         basis: `[d, F]` directions of features.
         group: process group whose ranks all call with the same tensors: each does its share of the directions, and
             every one gets the whole result. Directions sharded as DTensors leave the result sharded.
-        impl: as for `interaction_matrices`; the kernels keep the strongest pair of every tile of pairs, form no matrix
-            and wait for nothing. Where matrices are cheaper to form, for few outputs, low rank, many features or an n
-            that is large beside the pairs, and for a function as weight, the matrices' kernels form them and PyTorch
-            ranks them.
+        impl: as for `interaction_matrices`. The kernels keep the strongest pair of every tile of pairs, form no matrix
+            and do not wait for the device. For few outputs, low rank, many features or an n that is large beside the
+            number of pairs, "auto" forms the matrices by kernels and ranks them in PyTorch; for more than 48 outputs
+            without a basis PyTorch computes and ranks tiles of pairs. A function as weight is for PyTorch always.
 
     Returns:
         `TopInteractions(values, k, i, j)` in descending rank, ties by (k, i, j): `[K, n]`, or `[n]` for scope "global".
         Values carry gradients, indices do not.
 
     Raises:
-        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self" or with
-            a function as weight.
+        RuntimeError, TypeError: as `interaction_matrices`; RuntimeError for impl="triton" with score "self", with a
+            function as weight, or for more than 48 outputs of more than 65,536 inputs without a basis.
         ValueError: unknown score, scope or impl, or n out of range.
     """
     if group is None and weight is None and basis is None:

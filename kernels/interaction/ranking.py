@@ -2,8 +2,9 @@
 
 Moments are sums over tiles of pairs, which stay in registers. A ranking keeps the strongest pair of every tile: the n
 strongest pairs of a direction lie in the n tiles whose own strongest pairs are the strongest. Only these tiles are
-computed again, pair by pair, and ranked. Keys are distinct, which makes the order that of the specification on every
-device, and no number is read on the host.
+computed again, pair by pair, and ranked. The two kernels round differently: which of two pairs is kept whose ranks
+differ by rounding alone is undefined. Keys are distinct, so equal ranks are in the specification's order. No number is
+read on the host.
 """
 
 from functools import partial
@@ -33,7 +34,7 @@ Moments: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 TopK: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 PARTS = 1 << 25  # elements of the tiles' sums of a block of directions: 128 MiB
 KEYS = 1 << 24  # of a block of tiles, and of pairs of a block of directions: 128 MiB
-PLACES = 1 << 32  # of pairs in a key: the rank's 31 bits are above them
+PLACES = 1 << 32  # a key's lower half is the number i * F + j, its upper half the rank's 31 bits
 NOT_RANKED = tl.constexpr(-1)  # less than every key
 NAN = tl.constexpr(0x7FC00000)  # a rank's bits: more than infinity's
 
@@ -272,7 +273,7 @@ def interaction_topk(
     def run(tile: PairTile | None) -> TopK:
         return formed() if tile is None else _topk(*wide, c if u is None else u @ c, weight, n, score, scope, tile)
 
-    shape = (tuning.bucket(directions), features, h)
+    shape = (tuning.bucket(directions), features, h, 0 if weight is None else weight.dim())
     values, k, i, j = via.launch(kernel, w, shape, config.tiles(kernel, arch, w.dtype), run, library=library)
     return values.to(dtype), k, i, j
 
@@ -318,7 +319,8 @@ def _topk(
             )  # fmt: skip
 
         arch = config.architecture(w.device)
-        via.launch(kernel, w, (tuning.bucket(count), features, h), config.tiles(kernel, arch, w.dtype), run)
+        shape = (tuning.bucket(count), features, h, options["WEIGHT"])
+        via.launch(kernel, w, shape, config.tiles(kernel, arch, w.dtype), run)
         return values, keys
 
     keys = numbers = w.new_empty(directions, 0, dtype=torch.int64)
@@ -330,12 +332,16 @@ def _topk(
     if scope == "global":
         # as the order (k, pair) is kept among equal ranks, the first n hold the n strongest pairs of all
         order = (keys >> 32).flatten().argsort(descending=True, stable=True)[:n]
-        k = order // kept
-        values, keys = candidates(k, numbers.flatten()[order])
-        order = ((k << 32).unsqueeze(1) + _place(keys)).flatten().argsort()
-        order = order[(keys.flatten()[order] >> 32).argsort(descending=True, stable=True)[:n]]
-        values, place, k = values.flatten()[order], _place(keys.flatten()[order]), k[order // pairs]
-        return values, k, place // features, place % features
+        k, numbers = order // kept, numbers.flatten()[order]
+        values, keys, of = w.new_empty(0), numbers.new_empty(0), numbers.new_empty(0)
+        for a, b in blocks(k.numel(), 2 * pairs, KEYS):
+            more = *(t.flatten() for t in candidates(k[a:b], numbers[a:b])), k[a:b].repeat_interleave(pairs)
+            values, keys, of = (torch.cat(both) for both in zip((values, keys, of), more, strict=True))
+            order = ((of << 32) + _place(keys)).argsort()
+            order = order[(keys[order] >> 32).argsort(descending=True, stable=True)[:n]]
+            values, keys, of = values[order], keys[order], of[order]
+        place = _place(keys)
+        return values, of, place // features, place % features
     found = []
     directions_of = torch.arange(directions, device=w.device).unsqueeze(1)
     for a, b in blocks(directions, 2 * kept * pairs, KEYS):
