@@ -141,9 +141,10 @@ def _is_size(value, least):
     return any(isinstance(n, ast.LShift) for n in nodes) or max(constants) >= least
 
 
-# sizes of no block: climbs, quadrature, looks, the words of a generator, costs, an option of `interaction_eigh`
+# sizes of no block: climbs, quadrature, looks, words of a generator, costs, bits, an option of `interaction_eigh`
 OTHER = set(
-    "interaction_eigh SAMPLES SEEDS RESTARTS NODES MOST_LOOKS GOLDEN MIX_1 MIX_2 UPPER GATHER_COST COPY_COST".split()
+    "interaction_eigh SAMPLES SEEDS RESTARTS NODES MOST_LOOKS GOLDEN MIX_1 MIX_2 UPPER GATHER_COST COPY_COST "
+    "MOST_FEATURES".split()
 )
 
 
