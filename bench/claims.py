@@ -38,14 +38,15 @@ def _of(receipts: Iterable[Receipt], op: str, case: str) -> Receipt | None:
 
 
 def _figures(r: Receipt) -> str:
-    """Our peak memory and time in place of eager PyTorch's, and those of the best baseline if that is another one."""
+    """Our peak memory and time in place of eager PyTorch's, and those of the fastest and smallest others."""
     eager, best = r["baselines"]["eager"], r["best_baseline"]
     peaks = f"{_size(r['peak_memory'])} of memory in place of {_size(eager['peak_memory'])}"
     text = f"{peaks}, {duration(r['p50'])} in place of {duration(eager['p50'])} (eager PyTorch; {_sizes(r)})"
-    if best == "eager":
-        return text
-    other = r["baselines"][best]
-    return f"{text}; {best}: {_size(other['peak_memory'])}, {duration(other['p50'])}"
+    smallest = min(r["baselines"], key=lambda name: r["baselines"][name]["peak_memory"])
+    for name in sorted({best, smallest} - {"eager"}):
+        other = r["baselines"][name]
+        text += f"; {name}: {_size(other['peak_memory'])}, {duration(other['p50'])}"
+    return text
 
 
 def _size(count: float) -> str:

@@ -100,7 +100,10 @@ def _table(section: Section, group: list[Receipt], tree: str) -> str:
             figures = f"{r['ratio']:.2f} | {'' if memory is None else f'{memory:.2g}'}"
             them = f"{duration(r['baselines'][best]['p50'])} ({best})"
             lines.append(f"| {case} | {duration(r['p50'])} | {them} | {figures} |")
-    notes = ["Times are medians; memory is our peak / the best baseline's."]
+    notes = [
+        "Times are medians. Times faster is the median of the rounds' ratios, so it may differ from the quotient of "
+        "the two times; below 1 ours is slower. Memory is our peak / the fastest baseline's. A row is its newest run."
+    ]
     if any(r["tree"] != tree for r in group):
         notes.append(f"{'All rows' if all_stale else STALE}: measured before the latest change of the code.")
     return "\n".join([*lines, "", " ".join(notes)])

@@ -58,11 +58,10 @@ def preferred(
     measuring = _measuring()
     if not (measuring or _chosen):
         return tiles
-    key = _key(kernel, like, shape)
+    unproven = unproven if _asked("BILINEAR_OPS_TUNE_UNPROVEN") else ()
+    key = _key(kernel, like, shape) + ((("unproven", repr(unproven)),) if unproven else ())
     if key not in _chosen:
         candidates = config.candidates(kernel, config.architecture(like.device), like.dtype, tiles)
-        if os.environ.get("BILINEAR_OPS_TUNE_UNPROVEN") != "1":
-            unproven = ()
         if not measuring or _capturing(like) or len(candidates) + len(unproven) == 1:
             return tiles
         _chosen[key] = _known_or_measured(key, candidates, unproven, run, like.device)
@@ -71,11 +70,16 @@ def preferred(
 
 def state(kernel: str, like: Tensor) -> tuple[object, ...]:
     """On which a choice of `preferred` depends beside its arguments; tiles once chosen stay."""
-    return _forced.get(kernel), len(_chosen), _measuring() and not _capturing(like)
+    measuring = _measuring() and not _capturing(like)
+    return _forced.get(kernel), len(_chosen), measuring, measuring and _asked("BILINEAR_OPS_TUNE_UNPROVEN")
 
 
 def _measuring() -> bool:
-    return _open > 0 or os.environ.get("BILINEAR_OPS_TUNE", "").lower() in ("1", "true", "yes", "on")
+    return _open > 0 or _asked("BILINEAR_OPS_TUNE")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def bucket(n: int) -> int:

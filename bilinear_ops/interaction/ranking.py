@@ -63,8 +63,8 @@ def interaction_topk(
         n: how many; at most the number of scored pairs.
         score: "cross" 2 Q_ij of pairs i < j, "self" Q_ii, "pair" both ranked together, "entry" Q_ij of i <= j.
         scope: "output" ranks within every output, "global" over all of them.
-        weight: multiplies the score for ranking only, as co-activation does: `[F, F]` (or `[d, d]` without a basis),
-            `[K, F, F]`, or a function of the output's number that returns `[F, F]`; read at i <= j.
+        weight: multiplies the score for ranking only, as co-activation does: in w's dtype `[F, F]` (or `[d, d]` without
+            a basis), `[K, F, F]`, or a function of the output's number that returns `[F, F]`; read at i <= j.
         basis: `[d, F]` directions of features.
         group: process group whose ranks all call with the same tensors: each does its share of the directions, and
             every one gets the whole result. Directions sharded as DTensors leave the result sharded.
